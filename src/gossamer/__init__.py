@@ -1,0 +1,44 @@
+"""Gossamer makes neural networks sparse and makes the sparsity pay."""
+
+from gossamer.core.errors import GossamerError
+from gossamer.core.pattern import NM, Block, Channel, Pattern, Threshold, TopK, Unstructured
+from gossamer.core.report import Report
+from gossamer.core.schedule import Constant, Cosine, Cubic, Linear
+from gossamer.core.score import Score
+from gossamer.core.solver import Solver
+from gossamer.core.stats import Stats
+from gossamer.scores import RIA, Gradient, Magnitude, Random, Wanda
+from gossamer.sites.checkpoint import prune_checkpoint, save
+from gossamer.sites.weights import prune
+from gossamer.solvers import Mask, SparseGPT
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "NM",
+    "RIA",
+    "Block",
+    "Channel",
+    "Constant",
+    "Cosine",
+    "Cubic",
+    "GossamerError",
+    "Gradient",
+    "Linear",
+    "Magnitude",
+    "Mask",
+    "Pattern",
+    "Random",
+    "Report",
+    "Score",
+    "Solver",
+    "SparseGPT",
+    "Stats",
+    "Threshold",
+    "TopK",
+    "Unstructured",
+    "Wanda",
+    "prune",
+    "prune_checkpoint",
+    "save",
+]

@@ -1,0 +1,181 @@
+"""Compare: several methods on the same model, data, patterns and sparsities. One JSON document, one row a run."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from gossamer.core.atomic import cannot_write, write_text
+from gossamer.core.errors import GossamerError
+from gossamer.core.report import FORMAT, environment, read_json
+from gossamer.data import evaluation as evaluation_windows
+from gossamer.evaluate import perplexity
+from gossamer.load import causal_lm, check_directory, tokenizer
+from gossamer.sites._job import Job, command_of, pattern_of, show_method
+from gossamer.sites._rows import describe, peak_bytes
+from gossamer.sites.checkpoint import save
+from gossamer.sites.weights import bar, prune
+
+Say = Callable[[str], None]
+
+
+def compare(
+    source: Path,
+    methods: Sequence[str],
+    patterns: Sequence[str],
+    sparsities: Sequence[float],
+    folder: Path,
+    *,
+    data: str = "builtin",
+    evaluation: str | None = None,
+    windows: int | None = None,
+    seqlen: int = 512,
+    samples: int = 32,
+    sample: str = "random",
+    seed: int = 0,
+    allocate: str = "uniform",
+    targets: str | None = None,
+    device: str | None = None,
+    keep_models: bool = False,
+    name: str | None = None,
+    command: str | None = None,
+    progress: bool | None = None,
+    say: Say = lambda line: None,
+) -> dict[str, Any]:
+    """Prune and evaluate one model by every method, at every pattern and sparsity.
+
+    Everything asked for is read and checked before the first run starts. Each finished run is kept in ``folder/runs``, so
+    that the same call goes on where it stopped.
+
+    Args:
+        source: a model directory.
+        methods, patterns, sparsities: all combinations are run; a pattern that fixes its own sparsity is run once.
+        folder: receives compare.json, runs/ and, with ``keep_models``, models/.
+        data, evaluation: calibration text and evaluation text; the same name by default, of which data sets (and "builtin")
+            give two disjoint splits.
+        windows: evaluate on the first so many windows.
+        others: as in `gossamer.prune`.
+
+    Returns:
+        The comparison as one JSON object: model, environment, data, dense, and runs, each a `Report` with its evaluation.
+
+    Raises:
+        GossamerError: anything asked for that cannot be, before anything is done.
+    """
+    check_directory(source)
+    jobs = _jobs(methods, patterns, sparsities, allocate)
+    evaluation = evaluation or data
+    tokens = tokenizer(source)
+    ids = evaluation_windows(evaluation, tokens, seqlen=seqlen, first=windows)
+    identity = _identity(source, ids, [data, seqlen, samples, sample, seed, targets])
+    runs_folder = folder / "runs"
+    try:
+        runs_folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+
+    def score(model: Any, what: str) -> dict[str, Any]:
+        return {**perplexity(model, ids, device=device, progress=shown(what, progress)), "data": evaluation}
+
+    def once(label: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        kept = runs_folder / f"{hashlib.sha256((identity + label).encode()).hexdigest()[:16]}.json"
+        if kept.exists():
+            say(f"{label}: kept from the run before")
+            found: dict[str, Any] = read_json(kept)
+            return found
+        say(label)
+        result = run()
+        write_text(kept, json.dumps(result, indent=1) + "\n")
+        return result
+
+    def dense() -> dict[str, Any]:
+        model = causal_lm(source)
+        return {"model": describe(model, name or str(source)), **score(model, "dense"), "peak_bytes": peak_bytes()}
+
+    def pruned(method: str, pattern: str, sparsity: float | None, label: str) -> dict[str, Any]:
+        model = causal_lm(source)
+        report = prune(
+            model,
+            method,
+            pattern,
+            sparsity=sparsity,
+            allocate=allocate,
+            data=data,
+            tokenizer=tokens,
+            seqlen=seqlen,
+            samples=samples,
+            sample=sample,
+            seed=seed,
+            targets=targets,
+            device=device,
+            progress=progress,
+        )
+        report.model["name"] = name or str(source)
+        report.recipe["command"] = command_of(name or str(source), report.recipe, "pruned")
+        report.evaluation = score(model, label)
+        if keep_models:
+            started = time.perf_counter()
+            save(model, folder / "models" / _slug(label), report=report, tokenizer=tokens, force=True)
+            report.seconds["save"] = time.perf_counter() - started
+        return report.to_json()
+
+    reference = once("dense", dense)
+    document: dict[str, Any] = {
+        "format": FORMAT,
+        "kind": "compare",
+        "command": command,
+        "model": reference["model"],
+        "environment": environment(),
+        "data": {"calibration": data, "evaluation": evaluation},
+        "dense": {**{k: v for k, v in reference.items() if k != "model"}, "bytes": reference["model"]["bytes"]},
+        "runs": [],
+    }
+    for job in jobs:
+        label = " ".join(filter(None, [show_method(job.solver), str(job.pattern), _at(job)]))
+        asked = job.sparsity if job.pattern.takes_sparsity else None
+        run = lambda j=job, s=asked, at=label: pruned(show_method(j.solver), str(j.pattern), s, at)  # noqa: E731
+        document["runs"].append(once(label, run))
+        write_text(folder / "compare.json", json.dumps(document, indent=1) + "\n")
+    return document
+
+
+def _jobs(methods: Sequence[str], patterns: Sequence[str], sparsities: Sequence[float], allocate: str) -> list[Job]:
+    if not methods or not patterns:
+        raise GossamerError("compare wants at least one method and one pattern, several separated by ';'")
+    jobs: list[Job] = []
+    for pattern in patterns:
+        if not pattern_of(pattern).takes_sparsity:
+            jobs += [Job.of(method, pattern) for method in methods]
+        elif not sparsities:
+            raise GossamerError(f"the pattern {pattern} needs a sparsity, for example --sparsity 0.5")
+        else:
+            jobs += [Job.of(method, pattern, sparsity, allocate) for sparsity in sparsities for method in methods]
+    return list(dict.fromkeys(jobs))
+
+
+def _at(job: Job) -> str:
+    return f"{job.sparsity:g}" if job.pattern.takes_sparsity else ""
+
+
+def _slug(label: str) -> str:
+    return "".join(c if c.isalnum() or c in ".-" else "-" for c in label).strip("-").lower()
+
+
+def _identity(source: Path, ids: Any, how: Sequence[Any]) -> str:
+    files = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(source.glob("*.safetensors"))]
+    digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+    return json.dumps([files, digest, how, environment()["gossamer"]], sort_keys=True)
+
+
+def shown(what: str, progress: bool | None) -> Callable[[Iterable[int], str, int], Iterable[int]]:
+    """Return the wrapper by which `perplexity` shows how far it is."""
+
+    def wrap(steps: Iterable[int], description: str, total: int) -> Iterable[int]:
+        with bar(total, f"{what}: {description}", progress) as drawn:
+            for step in steps:
+                yield step
+                drawn.update()
+
+    return wrap

@@ -1,0 +1,108 @@
+"""Stats: what calibration learnt about the inputs of a weight (or of several that share them)."""
+
+import torch
+from torch import Tensor
+
+# The Gram product is symmetric: compute column panels of the lower triangle only, wide enough for the matrix unit.
+PANELS = 4
+
+
+class Stats:
+    """Statistics of the rows x of a weight's input, accumulated batch by batch in float32.
+
+    Attributes:
+        tokens: how many input rows were seen.
+        square_sum: Σ x², shape (in,).
+        gram: Σ x xᵀ, shape (in, in), where it was asked for; None otherwise.
+        grad: gradient of the loss with respect to the weight, its shape, where it was asked for; None otherwise.
+        white: no input was seen, and the statistics are those of white inputs.
+        damping: the damping the last factorisation needed; None before there was one.
+        dead: how many inputs that factorisation found to be always zero.
+    """
+
+    def __init__(self, width: int, *, gram: bool = False, device: torch.device | str = "cpu") -> None:
+        self.tokens = 0
+        self.square_sum = torch.zeros(width, dtype=torch.float32, device=device)
+        self.gram = torch.zeros(width, width, dtype=torch.float32, device=device) if gram else None
+        self.grad: Tensor | None = None
+        self.white = False
+        self.damping: float | None = None
+        self.dead = 0
+        self._factors: dict[float, tuple[Tensor, Tensor, float]] = {}
+
+    @classmethod
+    def unseen(cls, width: int, *, device: torch.device | str = "cpu") -> "Stats":
+        """Return the statistics of white inputs, under which every method ranks by magnitude.
+
+        For a weight that no calibration token reached: an expert nothing was routed to.
+        """
+        stats = cls(width, gram=False, device=device)
+        stats.white = True
+        stats.square_sum.fill_(1.0)
+        stats.gram = torch.eye(width, dtype=torch.float32, device=device)
+        return stats
+
+    @torch.no_grad()
+    def add(self, x: Tensor) -> None:
+        """Add input rows x of shape (..., in), any float dtype."""
+        x = x.detach().reshape(-1, x.shape[-1]).float()
+        self._factors.clear()
+        self.tokens += x.shape[0]
+        if self.gram is None:
+            self.square_sum += torch.linalg.vector_norm(x, dim=0).square_()
+            return
+        width = x.shape[1]
+        step = -(-width // PANELS)
+        for start in range(0, width, step):  # rows start: of the lower triangle's column panel
+            stop = min(start + step, width)
+            self.gram[start:, start:stop].addmm_(x[:, start:].T, x[:, start:stop])
+        self.square_sum = self.gram.diagonal()
+
+    @property
+    def norm(self) -> Tensor:
+        """‖x_j‖₂ of each input feature over all calibration tokens, shape (in,)."""
+        return self.square_sum.clamp_min(0).sqrt()
+
+    def symmetric_gram(self) -> Tensor:
+        """Return Σ x xᵀ in full, shape (in, in), as a new tensor."""
+        assert self.gram is not None, "the Gram matrix was not asked for"
+        lower = self.gram.tril()
+        return lower + lower.tril(-1).T
+
+    def inverse_factor(self, damp: float) -> tuple[Tensor, Tensor, float]:
+        """Factor the inverse Hessian of the layer's squared error: H⁻¹ = Uᵀ U, H = X Xᵀ + λ·mean(diag)·I.
+
+        Inputs that are always zero get a unit diagonal, count nothing towards the mean, and are reported as dead. Where H is
+        not positive definite to float32, the damping is multiplied by 10 until it is; the damping used is returned, and callers
+        report it.
+
+        Args:
+            damp: λ, a fraction of the mean diagonal.
+
+        Returns:
+            U, upper triangular, shape (in, in); the mask of dead inputs, shape (in,); the damping used.
+
+        Raises:
+            ArithmeticError: the statistics hold NaN or infinities, so that no damping helps.
+        """
+        if damp not in self._factors:
+            h = self.symmetric_gram()
+            if not bool(h.isfinite().all()):
+                raise ArithmeticError("the calibration inputs hold NaN or infinities")
+            diagonal = h.diagonal()
+            dead = diagonal == 0
+            diagonal[dead] = 1.0
+            mean = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
+            used, added = damp, 0.0
+            while True:
+                diagonal += used * mean - added
+                added = used * mean
+                lower, failed = torch.linalg.cholesky_ex(h)
+                if not failed:
+                    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+                if not failed and bool(upper.isfinite().all()):
+                    break
+                used = max(used * 10, 1e-6)
+            self._factors[damp] = (upper, dead, used)
+            self.damping, self.dead = used, int(dead.sum())
+        return self._factors[damp]

@@ -1,0 +1,240 @@
+"""Reports → one self-contained page, drawn from their JSON alone: the same documents give the same bytes."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any, Self
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from plotly.offline import get_plotlyjs
+
+from gossamer.core.errors import GossamerError
+from gossamer.core.report import Report
+from gossamer.html import charts
+from gossamer.html.charts import amount, number, percent
+
+__all__ = ["page"]
+
+_SETTING = ("method", "pattern", "sparsity")  # what of a recipe the name of a run and its setting already say
+
+
+def page(documents: list[dict[str, Any]], title: str | None = None) -> str:
+    """Draw reports as one HTML page that opens offline.
+
+    Args:
+        documents: JSON objects of kind "prune" (`Report.to_json`) or "compare", in any mixture.
+        title: the page's heading; None for the name of the model.
+
+    Returns:
+        The page. Runs of one model measured on the same text stand in one table; others get a section of their own.
+
+    Raises:
+        GossamerError: there is no document, or one of them is not a report.
+    """
+    studies = _merge([_read(document, place) for place, document in enumerate(documents, 1)])
+    if not studies:
+        raise GossamerError("there is nothing to draw: give at least one report")
+    colours = charts.colours([run.name for study in studies for run in study.runs])
+    sections = [
+        {
+            "study": study,
+            "verdict": _verdict(study),
+            "lowest": _lowest(study),
+            "charts": charts.draw(study.runs, study.perplexity, colours, f"chart-{place}"),
+            "recipe": _split([(f"{run.name} · {run.setting}", run.recipe) for run in study.runs], said=_SETTING),
+            "environment": _split(
+                [("Dense", dense["environment"]) for dense in study.dense]
+                + [(f"{run.name} · {run.setting}", run.report.environment) for run in study.runs]
+            ),
+            "notes": Counter((run.name, run.setting, row["note"]) for run in study.runs for row in run.noted),
+        }
+        for place, study in enumerate(studies, 1)
+    ]
+    environment = Environment(
+        loader=PackageLoader("gossamer", "html"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"amount": amount, "number": number, "percent": percent}
+    names = dict.fromkeys(str(study.model.get("name", "model")) for study in studies)
+    heading = ", ".join(names) if title is None else title
+    return environment.get_template("page.html.j2").render(heading=heading, sections=sections, plotly=get_plotlyjs())
+
+
+@dataclass
+class Run:
+    """One prune report as the page shows it; every field the page needs is read here, so that a bad document fails here."""
+
+    report: Report
+    name: str
+    pattern: str
+    level: float  # the sparsity asked for, or reached where the pattern fixes its own
+    totals: dict[str, Any]
+    perplexity: float | None  # None: not evaluated, or not finite
+    rest: int  # bytes of the model that were not pruned
+
+    @classmethod
+    def read(cls, value: dict[str, Any]) -> Self:
+        report = Report.from_json({"environment": {}, **value})  # a missing one must not become this machine's
+        recipe, totals = report.recipe, report.totals
+        asked = recipe.get("sparsity")
+        return cls(
+            report,
+            name=str(recipe["method"]).removesuffix("()"),
+            pattern=str(recipe["pattern"]).removesuffix("()"),
+            level=round(totals["sparsity"], 4) if asked is None else float(asked),
+            totals=totals,
+            perplexity=_finite((report.evaluation or {}).get("perplexity")),
+            rest=max(report.model.get("bytes", 0) - totals["bytes_dense"], 0),
+        )
+
+    @property
+    def setting(self) -> str:
+        return f"{self.pattern} · {percent(self.level)}"
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        return {key: value for key, value in self.report.recipe.items() if key != "command"}
+
+    @property
+    def noted(self) -> list[dict[str, Any]]:
+        return [row for row in self.report.weights if row.get("note")]
+
+
+@dataclass
+class Study:
+    """Runs that may be compared with one another: one model, evaluated on the same tokens."""
+
+    model: dict[str, Any]
+    protocol: dict[str, Any] | None  # data, seqlen and tokens; None where nothing was evaluated
+    dense: list[dict[str, Any]] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
+    commands: list[str] = field(default_factory=list)
+
+    @property
+    def perplexity(self) -> float | None:
+        """The dense model's."""
+        return next((p for dense in self.dense if (p := _finite(dense.get("perplexity"))) is not None), None)
+
+    def takes(self, other: "Study") -> bool:
+        same = all(self.model.get(key) == other.model.get(key) for key in ("name", "class", "parameters", "dtype"))
+        return same and other.protocol in (None, self.protocol)
+
+    def add(self, other: "Study") -> None:
+        self.dense.extend(dense for dense in other.dense if dense not in self.dense)
+        self.runs.extend(run for run in other.runs if run not in self.runs)
+        self.commands.extend(command for command in other.commands if command not in self.commands)
+
+
+def _read(document: Any, place: int) -> Study:
+    kind = document.get("kind") if isinstance(document, dict) else None
+    if kind not in ("prune", "compare"):
+        raise GossamerError(f"document {place} is not a gossamer report: its kind is {kind!r}, not 'prune' or 'compare'")
+    try:
+        return _read_prune(document) if kind == "prune" else _read_compare(document)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise GossamerError(f"document {place} is not a gossamer report of kind {kind!r}: {what}") from None
+
+
+def _read_prune(document: dict[str, Any]) -> Study:
+    run = Run.read(document)
+    return Study(run.report.model, _protocol(run.report.evaluation), [], [run], _command(run.report.recipe))
+
+
+def _read_compare(document: dict[str, Any]) -> Study:
+    environment = document.get("environment", {})
+    runs = [Run.read({"environment": environment, **value}) for value in document["runs"]]
+    dense = [{**document["dense"], "environment": environment}] if document.get("dense") else []
+    evaluation = next((e for e in (*dense, *(run.report.evaluation for run in runs)) if e), None)
+    if evaluation:
+        evaluation = {**evaluation, "data": document["data"]["evaluation"]}
+    return Study(dict(document["model"]), _protocol(evaluation), dense, runs, _command(document))
+
+
+def _protocol(evaluation: dict[str, Any] | None) -> dict[str, Any] | None:
+    return {key: evaluation.get(key) for key in ("data", "seqlen", "tokens")} if evaluation else None
+
+
+def _command(source: dict[str, Any]) -> list[str]:
+    return [source["command"]] if source.get("command") else []
+
+
+def _merge(parts: list[Study]) -> list[Study]:
+    studies: list[Study] = []
+    for part in sorted(parts, key=lambda part: part.protocol is None):  # a run not evaluated joins one that was
+        home = next((study for study in studies if study.takes(part)), None)
+        if home:
+            home.add(part)
+        else:
+            studies.append(part)
+    for study in studies:
+        _tell_apart(study.runs)
+        patterns = list(dict.fromkeys(run.pattern for run in study.runs))
+        study.runs.sort(key=lambda run: (patterns.index(run.pattern), run.level))
+    return studies
+
+
+def _tell_apart(runs: list[Run]) -> None:
+    """Where a method was run twice at one setting, add to its runs' names what differs between their recipes."""
+    for method in {run.name for run in runs}:
+        mine = [run for run in runs if run.name == method]
+        twins = [[run for run in mine if run.setting == setting] for setting in {run.setting for run in mine}]
+        keys = [k for k in mine[0].recipe if k not in _SETTING and any(_differ(k, group) for group in twins)]
+        seen: Counter[tuple[str, str]] = Counter()
+        for run in mine:
+            run.name = method + (f" ({', '.join(f'{key} {run.recipe.get(key)}' for key in keys)})" if keys else "")
+            seen[run.name, run.setting] += 1
+            if (again := seen[run.name, run.setting]) > 1:
+                run.name += f" #{again}"
+
+
+def _differ(key: str, runs: Iterable[Run]) -> bool:
+    return len({json.dumps(run.recipe.get(key)) for run in runs}) > 1
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) and value > 0 else None
+
+
+def _best(study: Study) -> list[Run]:
+    """The evaluated run of lowest perplexity at each setting, in the order of the settings."""
+    evaluated = [run for run in study.runs if run.perplexity is not None]
+    return [min(group, key=lambda run: run.perplexity or 0.0) for _, group in groupby(evaluated, lambda run: run.setting)]
+
+
+def _lowest(study: Study) -> list[Run]:
+    """Those of the best runs that have a rival."""
+    rivals = Counter(run.setting for run in study.runs if run.perplexity is not None)
+    return [run for run in _best(study) if rivals[run.setting] > 1]
+
+
+def _verdict(study: Study) -> str:
+    """One sentence: who has the lowest perplexity where, against dense. Neighbouring sparsities of one winner are one item."""
+    best, dense = _best(study), study.perplexity
+    if not best:
+        return "Nothing here was evaluated, so the page shows what was pruned and what it cost, not what it did to quality."
+    items = []
+    for (name, pattern), group in groupby(best, lambda run: (run.name, run.pattern)):
+        wins = list(group)
+        ends = wins if len(wins) == 1 else [wins[0], wins[-1]]
+        levels = " to ".join(percent(run.level) for run in ends)
+        values = " to ".join(number(run.perplexity) for run in ends)
+        times = " to ".join(f"{number(run.perplexity / dense)}×" for run in ends if run.perplexity) if dense else ""
+        items.append(f"{name} with {values}" + (f" ({times} dense)" if times else "") + f" at {pattern} {levels}")
+    reference = f" (dense: {number(dense)})" if dense else ""
+    return f"{'Lowest perplexity' if _lowest(study) else 'Perplexity'}{reference}: {'; '.join(items)}."
+
+
+def _split(rows: list[tuple[str, dict[str, Any]]], said: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Part what all rows agree on from what they differ in, leaving out of the latter what their names have ``said``."""
+    keys = list(dict.fromkeys(key for _, row in rows for key in row))
+    varying = [key for key in keys if len({json.dumps(row.get(key)) for _, row in rows}) > 1]
+    common = {key: rows[0][1].get(key) for key in keys if key not in varying}
+    differing = [key for key in varying if key not in said]
+    return {"common": common, "keys": differing, "rows": rows if differing else []}

@@ -1,0 +1,53 @@
+"""Calibration inputs: from text, token ids or mappings to the model's keyword arguments, a mapping a lane."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gossamer.core.errors import GossamerError
+from gossamer.core.spec import show
+from gossamer.sites._calibrate import Batch
+from gossamer.sites._job import Job, show_method
+
+
+def calibration_batches(
+    job: Job,
+    data: str | Path | Tensor | Sequence[Batch] | None,
+    tokenizer: Any,
+    seqlen: int,
+    samples: int,
+    sample: str,
+    seed: int,
+    lanes: int,
+    *,
+    folder: str | Path,
+    device: torch.device,
+) -> list[Batch]:
+    """Return the model's keyword arguments for each lane; none where the method needs no data.
+
+    ``folder`` is where the tokenizer is, if text comes without one; ``device`` where the model takes its inputs.
+    """
+    if not job.needs_data:
+        return []
+    if data is None:
+        wants = show_method(job.solver) if job.gather else f"allocate={show(job.allocation)}"
+        raise GossamerError(f"{wants} needs calibration data: give data= a text file, token ids, or 'builtin'")
+    if isinstance(data, str | Path):
+        from gossamer.data import calibration
+        from gossamer.load import tokenizer as load_tokenizer
+
+        tokenizer = tokenizer or load_tokenizer(Path(folder))
+        data = calibration(data, tokenizer, seqlen=seqlen, samples=samples, sample=sample, seed=seed)  # type: ignore[arg-type]
+    if isinstance(data, Tensor):
+        if data.ndim != 2 or data.numel() == 0 or data.is_floating_point():
+            raise GossamerError(f"token ids are integers of shape (samples, seqlen); got {data.dtype} {tuple(data.shape)}")
+        return [{"input_ids": ids.to(device)} for ids in data.tensor_split(min(lanes, len(data)))]
+    batches = list(data)
+    if not batches or not all(isinstance(batch, Mapping) for batch in batches):
+        raise GossamerError("data= wants text, token ids of shape (samples, seqlen), or mappings of the model's arguments")
+    if "grad" in job.gather and not all("input_ids" in batch for batch in batches):
+        raise GossamerError("Gradient takes the next-token loss, so each mapping needs input_ids")
+    return batches

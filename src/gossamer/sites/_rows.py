@@ -1,0 +1,68 @@
+"""What a report says of a weight, a model and a run."""
+
+import resource
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from gossamer.core.stats import Stats
+from gossamer.sites._walk import Target
+
+
+def row(target: Target) -> dict[str, Any]:
+    """Return what is in a weight now: name, shape as stored, count of entries that are not zero."""
+    w = target.parameter
+    nnz = int(w.count_nonzero())
+    return {
+        "name": target.name,
+        "shape": list(w.shape),
+        "sparsity": 1 - nnz / w.numel(),
+        "nnz": nnz,
+        "block": target.block,
+    }
+
+
+def told(stats: Sequence[Stats]) -> dict[str, Any]:
+    """Return what calibration has to say of a weight: tokens seen, damping used, dead inputs."""
+    told: dict[str, Any] = {}
+    if tokens := [s.tokens for s in stats if s.tokens]:
+        told["tokens"] = tokens[0] if len(stats) == 1 else [s.tokens for s in stats]
+    if unseen := sum(s.white for s in stats):
+        told["note"] = f"no calibration token reached {unseen} of {len(stats)}: ranked by magnitude"
+    damping = [s.damping for s in stats if s.damping is not None]
+    if damping:
+        told["damp"] = max(damping)
+    if dead := sum(s.dead for s in stats):
+        told["dead_inputs"] = dead
+    return told
+
+
+def describe(model: nn.Module, name: str | None = None) -> dict[str, Any]:
+    """Return what a report says of the model."""
+    parameters = list(model.parameters())
+    return {
+        "name": name or getattr(model, "name_or_path", "") or type(model).__name__,
+        "class": type(model).__name__,
+        "parameters": sum(p.numel() for p in parameters),
+        "dtype": str(parameters[0].dtype).removeprefix("torch."),
+        "itemsize": parameters[0].itemsize,
+        "bytes": sum(p.numel() * p.itemsize for p in parameters),
+    }
+
+
+def phases(rows: Iterable[Mapping[str, Any]], elapsed: float) -> dict[str, float]:
+    """Split the time of the walk: what the method took, and the rest, which is calibration."""
+    solving = sum(r["seconds"] for r in rows)
+    return {"prune": solving, "calibrate": max(elapsed - solving, 0.0)}
+
+
+def peak_bytes() -> dict[str, int]:
+    """Return the peak resident memory of this process so far, and of the accelerator where there is one."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if torch.cuda.is_available():
+        peak["accelerator"] = torch.cuda.max_memory_allocated()
+    return peak

@@ -1,0 +1,93 @@
+"""Each score's formula, worked by hand or entry by entry from the paper's definition."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from gossamer import scores
+from gossamer.core.score import Score
+from gossamer.core.spec import names_in
+from gossamer.core.stats import Stats
+from gossamer.scores import RIA, Gradient, Magnitude, Random, Wanda
+
+W = torch.tensor([[1.0, -2.0, 0.0], [-3.0, 0.5, 4.0]])
+X = torch.tensor([[3.0, 0.0, 1.0], [4.0, 0.0, -2.0], [0.0, 0.0, 2.0]])  # norms 5, 0, 3
+G = torch.tensor([[0.5, 1.0, 9.0], [-2.0, 0.0, 0.25]])
+
+
+def stats_of(x: Tensor = X, grad: Tensor | None = G, **kwargs: bool) -> Stats:
+    stats = Stats(x.shape[-1], **kwargs)
+    stats.add(x)
+    stats.grad = grad
+    return stats
+
+
+@pytest.mark.parametrize("gram", [False, True])
+@pytest.mark.parametrize(
+    ("score", "expected"),
+    [
+        (Magnitude(), [[1.0, 2.0, 0.0], [3.0, 0.5, 4.0]]),
+        (Wanda(), [[5.0, 0.0, 0.0], [15.0, 0.0, 12.0]]),
+        (Gradient(), [[0.5, 2.0, 0.0], [6.0, 0.0, 1.0]]),
+        # columns sum to 4, 2.5, 4 and rows to 3, 7.5
+        (RIA(power=1.0), [[5 * (1 / 4 + 1 / 3), 0.0, 0.0], [5 * (3 / 4 + 3 / 7.5), 0.0, 3 * (1 + 4 / 7.5)]]),
+        (RIA(), [[5**0.5 * (1 / 4 + 1 / 3), 0.0, 0.0], [5**0.5 * (3 / 4 + 3 / 7.5), 0.0, 3**0.5 * (1 + 4 / 7.5)]]),
+        (RIA(power=0.0), [[1 / 4 + 1 / 3, 0.8 + 2 / 3, 0.0], [3 / 4 + 3 / 7.5, 0.2 + 0.5 / 7.5, 1 + 4 / 7.5]]),
+    ],
+    ids=str,
+)
+def test_by_hand(score: Score, expected: list[list[float]], gram: bool) -> None:
+    assert torch.allclose(score(W, stats_of(gram=gram)), torch.tensor(expected), rtol=1e-6)
+
+
+def test_random_follows_its_seed_and_the_shape_alone() -> None:
+    first = Random(3)(W, stats_of())
+    assert torch.equal(first, Random(3)(W.bfloat16() * 2, Stats(3)))
+    assert not torch.equal(first, Random(4)(W, stats_of()))
+    state = torch.random.get_rng_state()
+    Random(3)(W, stats_of())
+    assert torch.equal(torch.random.get_rng_state(), state), "the global generator is left alone"
+    many = Random()(torch.empty(200, 200), Stats(200))
+    assert 0 <= float(many.min()) <= float(many.max()) < 1
+    assert float(many.mean()) == pytest.approx(0.5, abs=0.01)
+    assert float(many.var()) == pytest.approx(1 / 12, abs=0.003)
+
+
+@pytest.mark.parametrize("name", scores.__all__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_score_is_float32_finite_and_leaves_its_inputs_alone(name: str, dtype: torch.dtype) -> None:
+    score = names_in(scores)[name]()
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(5, 7, generator=generator).to(dtype)
+    w[2], w[:, 3] = 0, 0
+    stats = stats_of(torch.randn(9, 7, generator=generator), torch.randn(5, 7, generator=generator))
+    before = w.clone()
+    found = score(w, stats)
+    assert found.dtype is torch.float32
+    assert found.shape == w.shape
+    assert found.isfinite().all()
+    assert (found >= 0).all()
+    assert torch.equal(found, score(w, stats))
+    assert torch.equal(w, before)
+
+
+@pytest.mark.parametrize("name", scores.__all__)
+def test_every_score_reads_no_more_than_it_needs(name: str) -> None:
+    score = names_in(scores)[name]()
+    assert score.needs <= {"norm", "gram", "grad"}
+    stats = stats_of()
+    if "norm" not in score.needs:
+        stats.square_sum = torch.full((3,), math.nan)
+    if "grad" not in score.needs:
+        stats.grad = None
+    assert score(W, stats).isfinite().all()
+
+
+def test_unseen_inputs_rank_by_magnitude() -> None:
+    assert torch.equal(Wanda()(W, Stats.unseen(3)), Magnitude()(W, Stats.unseen(3)))
+
+
+def test_what_a_score_compares_with_by_default() -> None:
+    assert {name: cls.per for name, cls in names_in(scores).items() if cls.per == "row"} == {"Wanda": "row"}

@@ -82,7 +82,7 @@ class Pattern(ABC):
             scores = scores.float()
         if scores.dtype in (torch.float16, torch.bfloat16):
             scores = scores.float()  # exact, and every backend can rank it
-        if bad := int((~scores.isfinite()).sum()):
+        if bad := not_finite(scores):
             raise GossamerError(f"{name}: {bad} of {scores.numel()} scores are NaN or infinite")
         if scores.numel() == 0:
             return torch.ones_like(scores, dtype=torch.bool)
@@ -100,10 +100,20 @@ def largest(scores: Tensor, k: int) -> Tensor:
     if k <= 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     threshold = scores.kthvalue(n - k + 1, dim=-1, keepdim=True).values
+    mask = scores >= threshold
+    if int(mask.count_nonzero()) == mask.numel() // n * k:  # no ties at the threshold: the usual case
+        return mask
     mask = scores > threshold
     ties = scores == threshold
     room = k - mask.sum(-1, keepdim=True)
     return mask | (ties & (ties.cumsum(-1) <= room))
+
+
+def not_finite(x: Tensor) -> int:
+    """Count the entries that are NaN or infinite; where the sum is finite, which is quick to see, there are none."""
+    if bool(x.sum(dtype=torch.float32 if x.itemsize < 4 else None).isfinite()):
+        return 0
+    return int((~x.isfinite()).sum())
 
 
 def pooled(x: Tensor, dims: tuple[int, ...], pool: Pool) -> Tensor:

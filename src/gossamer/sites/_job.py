@@ -15,7 +15,7 @@ from gossamer.core import allocate as allocations
 from gossamer.core import pattern as patterns
 from gossamer.core import schedule as schedules
 from gossamer.core.errors import GossamerError
-from gossamer.core.pattern import Pattern, Unstructured
+from gossamer.core.pattern import Pattern, Unstructured, not_finite
 from gossamer.core.score import Score
 from gossamer.core.solver import Solver
 from gossamer.core.spec import names_in, parse, show
@@ -93,12 +93,12 @@ class Job:
         matrices = target.matrices()
         for matrix, known in zip(matrices, stats, strict=True):
             try:
-                weights, mask = self.solver(matrix, known, self.pattern, sparsity)
+                weights, _ = self.solver(matrix, known, self.pattern, sparsity)
             except (GossamerError, ArithmeticError) as error:
                 raise GossamerError(f"{target.name}: {error}") from error
-            if not bool(weights.isfinite().all()):
+            if not_finite(weights):
                 raise GossamerError(f"{target.name}: {show_method(self.solver)} gave weights that are NaN or infinite")
-            matrix.copy_(weights.masked_fill(~mask, 0))
+            matrix.copy_(weights)
         return {**row(target), **told(stats), "seconds": time.perf_counter() - started}
 
 
@@ -140,7 +140,7 @@ def recipe_of(
 
 def check_finite(target: Target) -> None:
     """Raise if a weight holds NaN or infinities."""
-    if bad := int((~target.parameter.isfinite()).sum()):
+    if bad := not_finite(target.parameter):
         raise GossamerError(f"{target.name}: {bad} of {target.parameter.numel()} weights are NaN or infinite")
 
 

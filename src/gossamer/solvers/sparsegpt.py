@@ -54,6 +54,7 @@ class SparseGPT(Solver):
             stop = min(start + step, columns)
             u = upper[start:stop, start:stop]
             tile, keep = wt[start:stop], mask[start:stop]
+            dropped = torch.zeros_like(tile)  # 1 / U_jj where an entry goes, 0 where it stays: w times this is its error
             error = torch.empty_like(tile)
             if not isinstance(pattern, NM):
                 # Each block's share of the exact total: what is due up to its end less what was due up to its start.
@@ -61,16 +62,16 @@ class SparseGPT(Solver):
                 assert sparsity is not None
                 due = kept(sparsity, units * stop) - kept(sparsity, units * start)
                 keep[:] = _select(tile, u, pattern, 1 - due / (units * (stop - start))) if due else False
-            for j in range(stop - start):
+                torch.div(~keep, u.diagonal()[:, None], out=dropped)
+            for j, (w_j, error_j, dropped_j) in enumerate(zip(tile.unbind(), error.unbind(), dropped.unbind(), strict=True)):
                 if isinstance(pattern, NM) and j % pattern.m == 0:  # a group is chosen once the sweep has reached it
                     group = slice(j, j + pattern.m)
                     keep[group] = _select(tile[group], u[group, group], pattern, None)
-                torch.mul(tile[j], ~keep[j], out=error[j]).div_(u[j, j])
-                tile[j].mul_(keep[j])
-                tile[j + 1 :].addr_(u[j, j + 1 :], error[j], alpha=-1)
+                    torch.div(~keep[group], u.diagonal()[group, None], out=dropped[group])
+                torch.mul(w_j, dropped_j, out=error_j)
+                tile[j + 1 :].addr_(u[j, j + 1 :], error_j, alpha=-1)
             wt[stop:].addmm_(upper[start:stop, stop:].T, error, alpha=-1)
-        weights = wt.T.masked_fill(~mask.T, 0)  # also clears the -0.0 that masking by product leaves
-        return weights.to(w.dtype).contiguous(), mask.T.contiguous()
+        return wt.T.masked_fill(~mask.T, 0).to(w.dtype).contiguous(), mask.T.contiguous()
 
 
 def _select(tile: Tensor, u: Tensor, pattern: Pattern, sparsity: float | None) -> Tensor:

@@ -104,14 +104,14 @@ def main() -> None:
     for name, count in (("--calibration", 32), ("--evaluation", 64)):
         parser.add_argument(name, required=True, help="text file")
         parser.add_argument(f"{name}-windows", type=int, default=count)
+    parser.add_argument("--forwards", type=int, default=2, help="plain passes to time")
     parser.add_argument("--json", required=True, help="write the result here as well")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as config_dir:
         tokenizer, calibration, evaluation, model = load(args, config_dir)
         ctypes.CDLL(None).malloc_trim(0)  # free memory left over from tokenising and loading is not the model's
         resident = psutil.Process().memory_info().rss
-        dense = perplexity(model, evaluation)
-        forward = statistics.median(forward_seconds(model, calibration) for _ in range(2))
+        forward = statistics.median(forward_seconds(model, calibration) for _ in range(args.forwards))
         head = zlib.crc32(model.lm_head.weight.detach().numpy())
         rows = {"input_ids": calibration.tolist(), "attention_mask": torch.ones_like(calibration).tolist()}
         modifier = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}[args.method]
@@ -137,7 +137,6 @@ def main() -> None:
         "resident_after_load_bytes": resident,
         "resident_before_pruning_bytes": before,
         "peak_bytes_over_model": peak - resident,
-        "dense_perplexity": dense,
         "perplexity": perplexity(model, evaluation),
         "sparsity": sparsity(model, args.pattern),
     }

@@ -16,22 +16,39 @@ app = typer.Typer(
     help="Prune, measure and compare neural networks with zeros in their weights.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    no_args_is_help=True,
     add_completion=False,
 )
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)  # a path may hold [brackets]
+err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="a directory, a Hugging Face id, or smollm2")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bars, no messages")]
 Force = Annotated[bool, typer.Option("--force", help="replace what is there")]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the result as one JSON object")]
-Sampled = Annotated[str, typer.Option(metavar="first|random", help="how calibration windows are chosen")]
-Device = Annotated[str | None, typer.Option(help="where to compute, such as cuda; one block at a time when pruning")]
+SeqLen = Annotated[int, typer.Option(help="tokens in a window")]
+Samples = Annotated[int, typer.Option(help="calibration windows")]
+Seed = Annotated[int, typer.Option(help="for the windows drawn by --sample random")]
+Sampled = Annotated[Literal["first", "random"], typer.Option(help="how calibration windows are chosen")]
+Device = Annotated[str | None, typer.Option(help="where to compute, such as cuda; pruning takes one block there at a time")]
 Targets = Annotated[
     str | None, typer.Option(metavar="NAMES", help="which weights, by comma-separated names or globs: '*.mlp.*'")
 ]
 Allocate = Annotated[str, typer.Option(metavar="SPEC", help="uniform, erk, global_ or owl")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from gossamer import __version__
+
+        out.print(f"gossamer {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="say which this is")] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -43,10 +60,10 @@ def prune(
     sparsity: Annotated[float | None, typer.Option(help="fraction of zeros, in [0, 1)")] = None,
     allocate: Allocate = "uniform",
     data: Annotated[str | None, typer.Option(help="calibration text: a file, a folder, builtin, a data set")] = None,
-    seqlen: int = 512,
-    samples: int = 32,
+    seqlen: SeqLen = 512,
+    samples: Samples = 32,
     sample: Sampled = "random",
-    seed: int = 0,
+    seed: Seed = 0,
     targets: Targets = None,
     device: Device = None,
     force: Force = False,
@@ -85,9 +102,9 @@ def prune(
 def evaluate(
     model: Model,
     data: Annotated[str, typer.Option(help="evaluation text: a file, a folder, builtin, a data set")] = "builtin",
-    seqlen: int = 512,
+    seqlen: SeqLen = 512,
     windows: Annotated[int | None, typer.Option(help="only the first so many windows")] = None,
-    batch: int = 1,
+    batch: Annotated[int, typer.Option(help="windows, or examples, a forward")] = 1,
     tasks: Annotated[str | None, typer.Option(help="lm-eval tasks instead, separated by commas")] = None,
     tasks_dir: Annotated[Path | None, typer.Option(help="a folder of lm-eval task files of your own")] = None,
     limit: Annotated[int | None, typer.Option(help="only so many examples of each task")] = None,
@@ -102,6 +119,7 @@ def evaluate(
     from gossamer.load import causal_lm, resolve, tokenizer
 
     where = _device(device)
+    _check_file(to_json)
     path = resolve(model, say=_say(quiet))
     if tasks is not None:
         result: dict[str, Any] = {"tasks": measure.tasks(path, tasks, tasks_dir, limit=limit, batch=batch, device=where)}
@@ -109,7 +127,7 @@ def evaluate(
         for task, metrics in result["tasks"].items():
             for metric, value in metrics.items():
                 table.add_row(task, metric, f"{value:.4f}" if isinstance(value, float) else str(value))
-        out.print(table)
+        _show(table)
     else:
         ids = text.evaluation(data, tokenizer(path), seqlen=seqlen, first=windows)
         loaded = causal_lm(path, device=where)
@@ -131,10 +149,10 @@ def compare(
     data: Annotated[str, typer.Option(help="calibration text")] = "builtin",
     eval_data: Annotated[str | None, typer.Option(help="evaluation text, if it is another")] = None,
     windows: Annotated[int | None, typer.Option(help="evaluate on the first so many windows")] = None,
-    seqlen: int = 512,
-    samples: int = 32,
+    seqlen: SeqLen = 512,
+    samples: Samples = 32,
     sample: Sampled = "random",
-    seed: int = 0,
+    seed: Seed = 0,
     allocate: Allocate = "uniform",
     targets: Targets = None,
     keep_models: Annotated[bool, typer.Option("--keep-models", help="save every pruned model under DIR/models")] = False,
@@ -146,6 +164,7 @@ def compare(
     from gossamer.compare import compare as run
     from gossamer.load import resolve
 
+    _check_file(to_json)
     document = run(
         resolve(model, say=_say(quiet)),
         _split(methods, ";"),
@@ -202,7 +221,7 @@ def list_names(
             table = Table(title, "needs", "what it is", box=None, title_justify="left", padding=(0, 2, 0, 0))
             for thing in things:
                 table.add_row(thing["signature"], ", ".join(thing["needs"]) or "–", thing["summary"])
-            out.print(table)
+            _show(table)
             out.print()
 
 
@@ -226,12 +245,12 @@ def demo(
     )  # fmt: skip
     _draw([document], to / "index.html")
     _print_comparison(document)
-    best = "sparsegpt-unstructured-0.5"
+    best = min((to / "models").glob("sparsegpt-unstructured*"))
     say(f"\nThe page:   {to / 'index.html'}   (open it in a browser)")
     say(f"The models: {to / 'models'}   (ordinary transformers directories)")
     say(f"The numbers: {to / 'compare.json'}")
     say("\nNext, try:")
-    say(f"  gossamer eval {to / 'models' / best} --windows 8")
+    say(f"  gossamer eval {best} --windows 8")
     say("  gossamer prune smollm2 --method SparseGPT --pattern 4:8 --data builtin --out pruned")
     say("  gossamer ls")
 
@@ -239,29 +258,35 @@ def demo(
 def main() -> None:
     """Run the command line: exit status 0 on success only, 2 with one line on stderr for a user's mistake."""
     try:
-        status = app(standalone_mode=False)
+        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except GossamerError as error:
         _fail(str(error))
     except KeyboardInterrupt:
-        err.print("gossamer: interrupted; the same command goes on where it stopped")
-        sys.exit(130)
+        _interrupted()
     except Exception as error:
         # The option parser's own errors: their class has moved between typer's releases, their shape has not.
         if not hasattr(error, "format_message"):
-            if type(error).__name__ == "Abort":
-                sys.exit(130)
+            if type(error).__name__ == "Abort":  # what the option parser makes of an interrupt
+                _interrupted()
             raise
         _fail(error.format_message())
+    if status == 130:  # or that
+        _interrupted()
     sys.exit(status if isinstance(status, int) else 0)
 
 
+def _interrupted() -> None:
+    err.print("gossamer: interrupted; the same prune, compare or demo goes on after what it had finished")
+    sys.exit(130)
+
+
 def _fail(message: str) -> None:
-    err.print("gossamer: " + " ".join(message.split()), markup=False)
+    err.print("gossamer: " + " ".join(message.split()))
     sys.exit(2)
 
 
 def _say(quiet: bool) -> Any:
-    return (lambda line: None) if quiet else (lambda line: err.print(line, markup=False))
+    return (lambda line: None) if quiet else (lambda line: err.print(line))
 
 
 def _progress(quiet: bool) -> bool | None:
@@ -292,6 +317,8 @@ def _device(name: str | None) -> str | None:
 
     try:
         torch.empty(0, device=name)
+        if torch.device(name).type == "meta":
+            raise RuntimeError("it holds no numbers")
     except (RuntimeError, AssertionError) as error:
         raise GossamerError(f"the device {name!r} cannot be used here: {' '.join(str(error).split())[:160]}") from None
     return name
@@ -302,6 +329,12 @@ def _draw(documents: list[dict[str, Any]], path: Path) -> None:
     from gossamer.html import page
 
     write_text(path, page(documents))
+
+
+def _check_file(path: Path | None) -> None:
+    """Raise before any work, rather than after it, if the result could not become this file."""
+    if path is not None and path.is_dir():
+        raise GossamerError(f"{path} is a directory; give a file")
 
 
 def _write(path: Path | None, value: dict[str, Any]) -> None:
@@ -327,7 +360,15 @@ def _print_comparison(document: dict[str, Any]) -> None:
             f"{row['seconds']['total']:.1f}",
             f"{document['model']['bytes'] / 1e6:.0f} → {(rest + total['bytes_bitmask']) / 1e6:.0f}",
         )
-    out.print(table)
+    _show(table)
+
+
+def _show(table: Table) -> None:
+    """Print a table, in full where it is not read on a terminal; nothing in it is cut short."""
+    for column in table.columns:
+        column.overflow = "fold"
+    wide = None if out.is_terminal else 200
+    Console(width=wide, highlight=False, markup=False, emoji=False).print(table)
 
 
 def _number(value: float | None) -> str:

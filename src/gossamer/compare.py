@@ -2,19 +2,24 @@
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gossamer.core.atomic import cannot_write, write_text
+from gossamer.core.atomic import write_text
 from gossamer.core.errors import GossamerError
 from gossamer.core.report import FORMAT, environment, read_json
+from gossamer.core.spec import show
+from gossamer.data import calibration
 from gossamer.data import evaluation as evaluation_windows
-from gossamer.evaluate import perplexity
-from gossamer.load import causal_lm, check_directory, tokenizer
-from gossamer.sites._job import Job, command_of, pattern_of, show_method
-from gossamer.sites._rows import describe, peak_bytes
+from gossamer.evaluate import check_ids, perplexity
+from gossamer.load import causal_lm, check_directory, skeleton, tokenizer
+from gossamer.sites._job import Job, check_finite, command_of, pattern_of, select_targets, show_method
+from gossamer.sites._rows import describe, peak_bytes, restart_peak
+from gossamer.sites._walk import targets as find_targets
 from gossamer.sites.checkpoint import save
 from gossamer.sites.weights import bar, prune
 
@@ -69,39 +74,52 @@ def compare(
     evaluation = evaluation or data
     tokens = tokenizer(source)
     ids = evaluation_windows(evaluation, tokens, seqlen=seqlen, first=windows)
-    identity = _identity(source, ids, [data, seqlen, samples, sample, seed, targets])
+    structure = skeleton(source)
+    check_ids(structure, ids)
+    windows_of: list[Any] = [ids]
+    for job in jobs:
+        select_targets(structure, job, targets, weightless=True)
+    if any(job.needs_data for job in jobs):
+        known = calibration(data, tokens, seqlen=seqlen, samples=samples, sample=sample, seed=seed)  # type: ignore[arg-type]
+        check_ids(structure, known)
+        windows_of.append(known)
+    if folder.exists() and not folder.is_dir():
+        raise GossamerError(f"the output {folder} is a file; give a directory")
+    if folder.resolve() == source.resolve():
+        raise GossamerError(f"the output {folder} is the model itself; give another directory")
+    identity = _identity(source, windows_of, [data, seqlen, samples, sample, seed, targets])
     runs_folder = folder / "runs"
-    try:
-        runs_folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(folder, error) from error
 
     def score(model: Any, what: str) -> dict[str, Any]:
         return {**perplexity(model, ids, device=device, progress=shown(what, progress)), "data": evaluation}
 
-    def once(label: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        kept = runs_folder / f"{hashlib.sha256((identity + label).encode()).hexdigest()[:16]}.json"
-        if kept.exists():
+    def once(label: str, run: Callable[[], dict[str, Any]], how: str = "", wants: Path | None = None) -> dict[str, Any]:
+        kept = runs_folder / f"{hashlib.sha256((identity + label + how).encode()).hexdigest()[:16]}.json"
+        if kept.exists() and (wants is None or wants.is_dir()):
             say(f"{label}: kept from the run before")
             found: dict[str, Any] = read_json(kept)
             return found
-        say(label)
+        restart_peak()
         result = run()
         write_text(kept, json.dumps(result, indent=1) + "\n")
         return result
 
     def dense() -> dict[str, Any]:
         model = causal_lm(source)
+        for target in find_targets(model, targets):
+            check_finite(target)
+        say("dense")
         return {"model": describe(model, name or str(source)), **score(model, "dense"), "peak_bytes": peak_bytes()}
 
-    def pruned(method: str, pattern: str, sparsity: float | None, label: str) -> dict[str, Any]:
+    def pruned(job: Job, label: str, saved: Path | None) -> dict[str, Any]:
+        say(label)
         model = causal_lm(source)
         report = prune(
             model,
-            method,
-            pattern,
-            sparsity=sparsity,
-            allocate=allocate,
+            job.solver,
+            job.pattern,
+            sparsity=job.sparsity if job.pattern.takes_sparsity else None,
+            allocate=job.allocation,
             data=data,
             tokenizer=tokens,
             seqlen=seqlen,
@@ -115,9 +133,9 @@ def compare(
         report.model["name"] = name or str(source)
         report.recipe["command"] = command_of(name or str(source), report.recipe, "pruned")
         report.evaluation = score(model, label)
-        if keep_models:
+        if saved is not None:
             started = time.perf_counter()
-            save(model, folder / "models" / _slug(label), report=report, tokenizer=tokens, force=True)
+            save(model, saved, report=report, tokenizer=tokens, force=True)
             report.seconds["save"] = time.perf_counter() - started
         return report.to_json()
 
@@ -134,9 +152,9 @@ def compare(
     }
     for job in jobs:
         label = " ".join(filter(None, [show_method(job.solver), str(job.pattern), _at(job)]))
-        asked = job.sparsity if job.pattern.takes_sparsity else None
-        run = lambda j=job, s=asked, at=label: pruned(show_method(j.solver), str(j.pattern), s, at)  # noqa: E731
-        document["runs"].append(once(label, run))
+        saved = folder / "models" / _slug(label) if keep_models else None
+        run = partial(pruned, job, label, saved)
+        document["runs"].append(once(label, run, show(job.allocation), saved))
         write_text(folder / "compare.json", json.dumps(document, indent=1) + "\n")
     return document
 
@@ -160,13 +178,13 @@ def _at(job: Job) -> str:
 
 
 def _slug(label: str) -> str:
-    return "".join(c if c.isalnum() or c in ".-" else "-" for c in label).strip("-").lower()
+    return re.sub(r"[^a-z0-9.]+", "-", label.lower()).strip("-")
 
 
-def _identity(source: Path, ids: Any, how: Sequence[Any]) -> str:
+def _identity(source: Path, ids: Sequence[Any], how: Sequence[Any]) -> str:
     files = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(source.glob("*.safetensors"))]
-    digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
-    return json.dumps([files, digest, how, environment()["gossamer"]], sort_keys=True)
+    digests = [hashlib.sha256(part.numpy().tobytes()).hexdigest() for part in ids]
+    return json.dumps([files, digests, how, environment()["gossamer"]], sort_keys=True)
 
 
 def shown(what: str, progress: bool | None) -> Callable[[Iterable[int], str, int], Iterable[int]]:

@@ -87,6 +87,8 @@ def calibration(
     _positive("samples", samples)
     if sample not in ("random", "first"):
         raise GossamerError(f"sample {sample!r} is neither random nor first")
+    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise GossamerError(f"seed is an integer from 0 to 2**63 - 1, not {seed!r}")
     found = windows(texts(data, split="calibration"), tokenizer, seqlen)
     if len(found) < samples:
         raise GossamerError(f"{data} has {len(found)} windows of {seqlen} tokens, fewer than the {samples} samples asked for")
@@ -103,6 +105,8 @@ def evaluation(
     Raises:
         GossamerError: the text has fewer windows than asked for, or an argument is out of range.
     """
+    if seqlen == 1:
+        raise GossamerError("seqlen is at least 2 for evaluation: the first token of a window is context only")
     found = windows(texts(data, split="evaluation"), tokenizer, seqlen)
     if first is None:
         return found

@@ -118,6 +118,22 @@ def tasks(
     return {task: _metrics(values) for task, values in found["results"].items()}
 
 
+def check_ids(model: torch.nn.Module, ids: Tensor) -> None:
+    """Raise GossamerError if windows of token ids are longer than the model's context or go beyond its vocabulary."""
+    name = type(model).__name__
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    context = getattr(text, "max_position_embeddings", None)
+    if isinstance(context, int) and 0 < context < ids.shape[-1]:
+        raise GossamerError(f"windows of {ids.shape[-1]} tokens are longer than the {context} that {name} reads; lower seqlen")
+    embeddings = getattr(model, "get_input_embeddings", None)
+    if embeddings is not None:
+        vocabulary, highest = embeddings().weight.shape[0], int(ids.max())
+        if highest >= vocabulary:
+            told = f"token id {highest}, but {name} has a vocabulary of {vocabulary}"
+            raise GossamerError(f"the tokenizer does not fit the model: {told}")
+
+
 def _check(model: torch.nn.Module, ids: Tensor, batch: int) -> None:
     """Refuse what has no perplexity, or would fail deep inside the model."""
     if ids.ndim != 2 or ids.dtype != torch.int64 or ids.shape[0] < 1 or ids.shape[1] < 2:
@@ -127,12 +143,7 @@ def _check(model: torch.nn.Module, ids: Tensor, batch: int) -> None:
     name, config = type(model).__name__, getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False) or not getattr(model, "can_generate", lambda: True)():
         raise GossamerError(f"{name} is no causal language model: it has no perplexity")
-    embeddings = getattr(model, "get_input_embeddings", None)
-    if embeddings is not None:
-        vocabulary, highest = embeddings().weight.shape[0], int(ids.max())
-        if highest >= vocabulary:
-            told = f"token id {highest}, but {name} has a vocabulary of {vocabulary}"
-            raise GossamerError(f"the tokenizer does not fit the model: {told}")
+    check_ids(model, ids)
 
 
 def _nll(model: torch.nn.Module, ids: Tensor) -> Tensor:

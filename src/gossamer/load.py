@@ -90,6 +90,33 @@ def causal_lm(path: Path, dtype: torch.dtype | str = "auto", device: torch.devic
     Raises:
         GossamerError: transformers cannot build or fill it, weights are missing or have another shape, or the device fails.
     """
+    loaded = filled(path, dtype=dtype)
+    try:
+        return loaded.to(device).eval() if device is not None else loaded.eval()
+    except (RuntimeError, AssertionError) as error:
+        raise GossamerError(f"cannot put {path} on device {device}: {_line(error)}") from error
+
+
+def skeleton(path: Path) -> "PreTrainedModel":
+    """Build a directory's model on the meta device, to see its structure: no weight is read, but every one is looked for.
+
+    Raises:
+        GossamerError: as `causal_lm`.
+    """
+    return filled(path, device_map={"": "meta"}).eval()
+
+
+def filled(path: Path, *, dtype: torch.dtype | str = "auto", **how: Any) -> "PreTrainedModel":
+    """Load a directory's model as transformers would, from safetensors only; every weight must be in its files.
+
+    Args:
+        path: a directory that passed ``check_directory``.
+        dtype: as for `causal_lm`.
+        how: transformers' own arguments that say where the weights go.
+
+    Raises:
+        GossamerError: as `causal_lm`.
+    """
     from transformers import AutoConfig
 
     # What transformers raises for a bad checkpoint is no part of its contract (OSError, ValueError, RuntimeError, KeyError,
@@ -108,6 +135,7 @@ def causal_lm(path: Path, dtype: torch.dtype | str = "auto", device: torch.devic
                 trust_remote_code=False,
                 ignore_mismatched_sizes=True,  # so that they are named below rather than in a table on stderr
                 output_loading_info=True,
+                **how,
             )
         except GossamerError:
             raise
@@ -118,10 +146,8 @@ def causal_lm(path: Path, dtype: torch.dtype | str = "auto", device: torch.devic
         if names := sorted(key if isinstance(key, str) else key[0] for key in info[what]):
             told = "are missing from its files" if what == "missing_keys" else "have another shape than its config says"
             raise GossamerError(f"{path} does not fit its config: {len(names)} weights {told}, the first is {names[0]}")
-    try:
-        return loaded.to(device).eval() if device is not None else loaded.eval()
-    except (RuntimeError, AssertionError) as error:
-        raise GossamerError(f"cannot put {path} on device {device}: {_line(error)}") from error
+    model: PreTrainedModel = loaded
+    return model
 
 
 def tokenizer(path: Path) -> "PreTrainedTokenizerBase":

@@ -16,14 +16,19 @@ from safetensors.torch import load_file
 import gossamer
 from gossamer.core.errors import GossamerError
 from gossamer.load import quiet
-from gossamer.sites import checkpoint
+from gossamer.sites._run import Run
 from gossamer.sites._stream import Checkpoint
 from tests.sites.families import CAUSAL, causal
 
 TEXT = {"data": "builtin", "seqlen": 16, "samples": 8}
-CASES = [("Magnitude", "4:8", None, "uniform"), ("Wanda", "2:4", None, "uniform"), ("SparseGPT", "Unstructured", 0.5, "uniform"),
-         ("Wanda", "Unstructured", 0.6, "owl"), ("Magnitude", "Unstructured", 0.6, "global_"),
-         ("Gradient", "Unstructured", 0.5, "uniform")]  # fmt: skip
+CASES = [
+    ("Magnitude", "4:8", None, "uniform"),
+    ("Wanda", "2:4", None, "uniform"),
+    ("SparseGPT", "Unstructured", 0.5, "uniform"),
+    ("Wanda", "Unstructured", 0.6, "owl"),
+    ("Magnitude", "Unstructured", 0.6, "global_"),
+    ("Gradient", "Unstructured", 0.5, "uniform"),
+]
 
 
 def saved(family: str, folder: Path, tokenizer: Any, **overrides: Any) -> Path:
@@ -141,8 +146,8 @@ def test_a_stopped_run_goes_on_after_the_last_finished_block(
 def test_sigkill_at_any_moment(delay: float, tmp_path: Path, tiny_tokenizer: Any) -> None:
     """The real thing: the process is killed while blocks are being pruned, and the same command is run again."""
     source = saved("llama", tmp_path / "in", tiny_tokenizer, num_hidden_layers=8)
-    command = [sys.executable, "-m", "gossamer", "prune", str(source), "--method", "SparseGPT", "--pattern", "2:4", "--data", "builtin",
-               "--seqlen", "16", "--samples", "8", "--quiet", "--out"]  # fmt: skip
+    what = ["--method", "SparseGPT", "--pattern", "2:4", "--data", "builtin", "--seqlen", "16", "--samples", "8"]
+    command = [sys.executable, "-m", "gossamer", "prune", str(source), *what, "--quiet", "--out"]
     subprocess.run([*command, str(tmp_path / "whole")], check=True)
     process = subprocess.Popen([*command, str(tmp_path / "out")])
     state = tmp_path / ".out.partial" / "state.json"
@@ -164,7 +169,7 @@ def test_another_command_does_not_go_on_from_it(tmp_path: Path, tiny_tokenizer: 
     source = saved("llama", tmp_path / "in", tiny_tokenizer)
     gossamer.prune_checkpoint(source, tmp_path / "right", "Wanda", "1:4", **TEXT)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint._Run, "complete", lambda *_: (_ for _ in ()).throw(_Killed()))
+        patch.setattr(Run, "complete", lambda *_: (_ for _ in ()).throw(_Killed()))
         with pytest.raises(_Killed):
             gossamer.prune_checkpoint(source, tmp_path / "out", "Wanda", "2:4", **TEXT)
     gossamer.prune_checkpoint(source, tmp_path / "out", "Wanda", "1:4", **TEXT)

@@ -119,11 +119,10 @@ def test_allocations_differ_by_weight_and_reach_the_total(allocate: Any) -> None
         assert len({row["nnz"] / math.prod(row["shape"]) for row in report.weights}) > 1
 
 
-def test_a_mapping_is_an_allocation() -> None:
-    report = gossamer.prune(
-        causal("llama"), "Magnitude", "Unstructured", sparsity=0.5, allocate={"*.self_attn.*": 0.5, "*.mlp.*": 0.5}
-    )
-    assert {row["sparsity"] for row in report.weights} == {0.5}
+def test_a_mapping_is_an_allocation_and_its_values_are_the_total() -> None:
+    report = gossamer.prune(causal("llama"), "Magnitude", "Unstructured", allocate={"*.self_attn.*": 0.25, "*.mlp.*": 0.75})
+    assert {row["sparsity"] for row in report.weights if "mlp" in row["name"]} == {0.75}
+    assert {row["sparsity"] for row in report.weights if "attn" in row["name"]} == {0.25}
 
 
 def test_the_report_tells_the_truth_and_survives_json(tmp_path: Path) -> None:

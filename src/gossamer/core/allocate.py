@@ -48,10 +48,10 @@ def uniform(tensors: Mapping[str, Tensor], sparsity: float) -> dict[str, float]:
 
 @needs()
 def erk(tensors: Mapping[str, Tensor], sparsity: float) -> dict[str, float]:
-    """Erdős–Rényi-Kernel: 1 − s_i = ε · Σ dims / Π dims, so that small and narrow tensors stay denser.
+    """Erdős–Rényi-Kernel: 1 − s_i = ε · Σ dims / Π dims (Evci et al., 2020, RigL, arXiv:1911.11134).
 
-    ε makes the total right; a tensor it would give more than all its entries is dense, and ε is found again for the rest
-    (Evci et al., 2020, RigL, arXiv:1911.11134). A tensor of three dimensions is a stack of matrices: the dims are those of one.
+    Small and narrow tensors stay denser. ε makes the total right; a tensor it would give more than all its entries is dense,
+    and ε is found again for the rest. A tensor of three dimensions is a stack of matrices: the dims are those of one.
 
     >>> found = erk({"small": torch.empty(2, 2), "large": torch.empty(8, 8)}, 0.75)
     >>> {name: round(s, 4) for name, s in found.items()}

@@ -86,20 +86,25 @@ class Stats:
             ArithmeticError: the statistics hold NaN or infinities, so that no damping helps.
         """
         if damp not in self._factors:
-            h = self.symmetric_gram()
-            if not bool(h.isfinite().all()):
+            assert self.gram is not None, "the Gram matrix was not asked for"
+            diagonal = self.gram.diagonal()
+            if not bool(diagonal.isfinite().all()):  # x_i x_j is infinite or NaN only where x_i² or x_j² is
                 raise ArithmeticError("the calibration inputs hold NaN or infinities")
-            diagonal = h.diagonal()
             dead = diagonal == 0
-            diagonal[dead] = 1.0
             mean = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
-            used, added = damp, 0.0
+            used = damp
             while True:
-                diagonal += used * mean - added
-                added = used * mean
+                # Wide layers make these matrices large, so each is dropped as soon as the next is there. Only H's lower
+                # triangle is read, which is the one the Gram matrix has.
+                h = self.gram.clone()
+                h.diagonal().copy_(torch.where(dead, 1.0, diagonal) + used * mean)
                 lower, failed = torch.linalg.cholesky_ex(h)
+                del h
                 if not failed:
-                    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+                    inverse = torch.cholesky_inverse(lower)
+                    del lower
+                    upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+                    del inverse
                 if not failed and bool(upper.isfinite().all()):
                     break
                 used = max(used * 10, 1e-6)

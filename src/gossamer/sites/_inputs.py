@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gossamer.core.errors import GossamerError
 from gossamer.core.spec import show
+from gossamer.evaluate import check_ids
 from gossamer.sites._calibrate import Batch
 from gossamer.sites._job import Job, show_method
 
@@ -37,9 +38,8 @@ def calibration_batches(
         raise GossamerError(f"{wants} needs calibration data: give data= a text file, token ids, or 'builtin'")
     if isinstance(data, str | Path):
         from gossamer.data import calibration
-        from gossamer.load import tokenizer as load_tokenizer
 
-        tokenizer = tokenizer or load_tokenizer(Path(folder))
+        tokenizer = tokenizer or _tokenizer_of(str(folder))
         data = calibration(data, tokenizer, seqlen=seqlen, samples=samples, sample=sample, seed=seed)  # type: ignore[arg-type]
     if isinstance(data, Tensor):
         if data.ndim != 2 or data.numel() == 0 or data.is_floating_point():
@@ -51,3 +51,19 @@ def calibration_batches(
     if "grad" in job.gather and not all("input_ids" in batch for batch in batches):
         raise GossamerError("Gradient takes the next-token loss, so each mapping needs input_ids")
     return batches
+
+
+def _tokenizer_of(name: str) -> Any:
+    """Load the tokenizer of the directory or hub id that a model says it came from."""
+    from gossamer.load import resolve, tokenizer
+
+    if not name:
+        raise GossamerError("text needs a tokenizer, and this model does not say where it came from: give tokenizer=")
+    return tokenizer(Path(name) if Path(name).is_dir() else resolve(name))
+
+
+def check_batches(model: nn.Module, batches: Sequence[Batch]) -> None:
+    """Raise GossamerError if token ids do not fit the model: its context, its vocabulary."""
+    for batch in batches:
+        if isinstance(ids := batch.get("input_ids"), Tensor):
+            check_ids(model, ids)

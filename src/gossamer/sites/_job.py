@@ -61,7 +61,8 @@ class Job:
         if shape == Unstructured():
             shape = Unstructured(per=solver.per)
         allocation = _allocation(allocate)
-        fraction = shape.resolve(sparsity)
+        own_total = shape.takes_sparsity and isinstance(allocation, allocations.mapping)  # a mapping's values are the total
+        fraction = None if own_total and sparsity is None else shape.resolve(sparsity)
         if not shape.takes_sparsity and allocation is not allocations.uniform:
             raise GossamerError(f"the pattern {shape} leaves no sparsity to allocate; leave allocate={show(allocation)} out")
         return cls(solver, shape, fraction, allocation)
@@ -160,8 +161,8 @@ def pattern_of(pattern: str | Pattern) -> Pattern:
 def command_of(model: str, recipe: Mapping[str, Any], out: str) -> str:
     """Return the shell command that prunes a model by this recipe."""
     words = ["gossamer", "prune", model, "--method", recipe["method"], "--pattern", recipe["pattern"]]
-    if pattern_of(recipe["pattern"]).takes_sparsity:
-        words += ["--sparsity", f"{recipe['sparsity']:g}"]
+    if pattern_of(recipe["pattern"]).takes_sparsity and recipe["sparsity"] is not None:
+        words += ["--sparsity", str(recipe["sparsity"])]
     if recipe["allocate"] != "uniform":
         words += ["--allocate", str(recipe["allocate"])]
     options = ("targets", "data", "seqlen", "samples", "sample", "seed")

@@ -1,8 +1,10 @@
 """What a report says of a weight, a model and a run."""
 
+import contextlib
 import resource
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,6 +59,14 @@ def phases(rows: Iterable[Mapping[str, Any]], elapsed: float) -> dict[str, float
     """Split the time of the walk: what the method took, and the rest, which is calibration."""
     solving = sum(r["seconds"] for r in rows)
     return {"prune": solving, "calibrate": max(elapsed - solving, 0.0)}
+
+
+def restart_peak() -> None:
+    """Let `peak_bytes` count from now, where the system can (Linux); the process's accounting belongs to its program."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
 
 def peak_bytes() -> dict[str, int]:

@@ -1,5 +1,6 @@
 """A checkpoint opened without its blocks: each is read from its shards when its turn comes, and dropped after it."""
 
+import ctypes
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gossamer.core.errors import GossamerError
-from gossamer.load import causal_lm, model_class, quiet
+from gossamer.load import causal_lm, filled
 from gossamer.sites._walk import block_lists
+
+_LIBC = ctypes.CDLL(None)
 
 
 class Checkpoint:
@@ -21,24 +23,20 @@ class Checkpoint:
     Args:
         path: a checked model directory.
         scratch: an empty folder for weights that have to be converted.
+        skeleton: the same model without weights, as `gossamer.load.skeleton` gives it.
         whole: load everything at once instead, for methods that need the whole model.
     """
 
-    def __init__(self, path: Path, scratch: Path, *, whole: bool) -> None:
+    def __init__(self, path: Path, scratch: Path, skeleton: nn.Module, *, whole: bool) -> None:
         self.whole = whole
         self._stored: dict[str, dict[tuple[nn.Module, str], Any]] = {}
         if whole:
             self.model = causal_lm(path)
             self.lists = block_lists(self.model)
             return
-        skeleton = skeleton_of(path)
         places = dict.fromkeys(_beside(skeleton, list(block_lists(skeleton))), "cpu")
         places |= dict.fromkeys(block_lists(skeleton), "disk")
-        with quiet():
-            self.model = model_class(skeleton.config).from_pretrained(
-                path, device_map=places, offload_folder=scratch, dtype="auto", use_safetensors=True, trust_remote_code=False
-            )
-        self.model.eval()
+        self.model = filled(path, device_map=places, offload_folder=scratch).eval()
         self.lists = block_lists(self.model)
         self._take_over()
 
@@ -69,6 +67,8 @@ class Checkpoint:
         """Forget one block's weights."""
         for module, name in self._stored.get(f"{list_name}.{index}", {}):
             _put(module, name, torch.empty_like(getattr(module, name), device="meta"))
+        if hasattr(_LIBC, "malloc_trim"):  # glibc keeps what threads have freed for those threads; the next block has others
+            _LIBC.malloc_trim(0)
 
     def block_state(self, list_name: str, index: int) -> dict[str, Tensor]:
         """Return one block's weights under the names its checkpoint uses."""
@@ -85,21 +85,6 @@ class Checkpoint:
         from transformers.core_model_loading import revert_weight_conversion
 
         return {name: tensor.contiguous() for name, tensor in revert_weight_conversion(self.model, state).items()}
-
-
-def skeleton_of(path: Path) -> nn.Module:
-    """Build a directory's model without any weights, to see its structure."""
-    from transformers import AutoConfig
-
-    with quiet():
-        try:
-            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise GossamerError(f"cannot read the config of {path}: {' '.join(str(error).split())[:300]}") from error
-        cls = model_class(config)
-        with torch.device("meta"):
-            model: nn.Module = cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
-    return model
 
 
 def _put(module: nn.Module, name: str, tensor: Tensor) -> None:

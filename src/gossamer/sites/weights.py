@@ -18,7 +18,7 @@ from gossamer.core.solver import Solver
 from gossamer.core.spec import show
 from gossamer.core.stats import Stats
 from gossamer.sites._calibrate import Batch, Calibration, Visit, gradients
-from gossamer.sites._inputs import calibration_batches
+from gossamer.sites._inputs import calibration_batches, check_batches
 from gossamer.sites._job import Job, check_finite, recipe_of, select_targets, show_method
 from gossamer.sites._rows import describe, peak_bytes, phases
 from gossamer.sites._walk import Target
@@ -84,6 +84,7 @@ def prune(
         check_finite(target)
     place, folder = next(model.parameters()).device, getattr(model, "name_or_path", "")
     batches = calibration_batches(job, data, tokenizer, seqlen, samples, sample, seed, lanes, folder=folder, device=place)
+    check_batches(model, batches)
     recipe = recipe_of(
         job, data=data, seqlen=seqlen, samples=samples, sample=sample, seed=seed, targets=targets, batches=batches
     )
@@ -156,7 +157,7 @@ def allocated(
     progress: bool | None,
 ) -> dict[str, float | None]:
     """Return the sparsity of each target, after a pass over the dense model where the allocation wants one."""
-    if job.sparsity is None:
+    if not job.pattern.takes_sparsity:
         return {target.name: None for target in chosen}
     tensors = {target.name: target.matrices() for target in chosen}
     if needed := job.allocation_needs:

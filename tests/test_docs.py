@@ -1,0 +1,92 @@
+"""The documentation is up to date: its tables, its links, its commands, and the README's example."""
+
+import json
+import re
+import runpy
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from gossamer import cli, load
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def label(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def code(page: Path, language: str) -> list[str]:
+    return [body for name, body in FENCED.findall(page.read_text(encoding="utf-8")) if name == language]
+
+
+def anchors(page: Path) -> set[str]:
+    """Return what a link to a heading of the page may say after #."""
+    text = FENCED.sub("", page.read_text(encoding="utf-8"))
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.fixture(scope="module")
+def generate() -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / "docs" / "generate.py"))
+
+
+def test_every_kind_of_name_has_its_table(generate: dict[str, Any]) -> None:
+    marked = {kind for page in PAGES for _, kind, _ in generate["PART"].findall(page.read_text(encoding="utf-8"))}
+    assert marked == {"names", *generate["catalogue"]()}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=label)
+def test_tables_are_up_to_date(page: Path, generate: dict[str, Any]) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert generate["render"](text) == text, "run: python docs/generate.py"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=label)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in LINK.findall(FENCED.sub("", page.read_text(encoding="utf-8"))):
+        if re.match(r"[a-z]+://", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{label(page)} links to {link}, which is not there"
+        assert not anchor or anchor in anchors(target), f"{label(page)} links to {link}, which has no such heading"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=label)
+def test_commands_have_the_options_that_are_shown(page: Path) -> None:
+    commands: dict[str, Any] = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    shown = [line for body in code(page, "sh") for line in body.splitlines() if line.startswith("gossamer ")]
+    for line in shown:
+        words = shlex.split(line, comments=True)
+        known = {option for parameter in commands[words[1]].params for option in parameter.opts}
+        assert {word for word in words[2:] if word.startswith("-")} <= known, line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=label)
+def test_python_is_python(page: Path) -> None:
+    for body in code(page, "python"):
+        compile(body, label(page), "exec")
+
+
+def test_the_readme_example_runs(
+    tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((tiny_dir / "config.json").read_text())
+    (tiny_dir / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))  # the default seqlen
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(load, "resolve", lambda name: tiny_dir)  # SmolLM2's part is played by a tiny Llama
+    (body,) = code(ROOT / "README.md", "python")
+    names: dict[str, Any] = {}
+    exec(compile(body, "README.md", "exec"), names)
+    weight = names["again"].model.layers[0].mlp.up_proj.weight
+    assert int((weight == 0).sum()) == weight.numel() // 2
+    assert "SparseGPT 2:4: 14 weights" in capsys.readouterr().out
+    assert (tmp_path / "pruned" / "sparsity.json").is_file()

@@ -4,7 +4,8 @@
         --calibration valid.txt --evaluation test.txt
 
 The plain pass is the whole model over the calibration windows, one at a time, logits included. Memory is the peak resident
-size while pruning less the resident size after loading, freed memory handed back in between (Linux).
+size while pruning less the resident size after loading and the plain passes (loading maps the file: weights count once they
+have been read), freed memory handed back in between (Linux).
 """
 
 import argparse

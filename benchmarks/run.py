@@ -57,10 +57,9 @@ def main() -> None:
     for pattern, r in rows:
         passes = "–" if r["passes"] is None else f"{r['passes']:.2f}"
         forward = "–" if r["forward_seconds"] is None else f"{r['forward_seconds']:.1f} s"
-        print(
-            f"| {pattern} | {r['method']} | {r['tool']} {r['version']} | {r['perplexity']:.2f} | {r['seconds']:.1f} | {forward} "
-            f"| {passes} | {r['peak_bytes_over_model'] / 1e9:+.2f} GB |"
-        )
+        memory = f"{r['peak_bytes_over_model'] / 1e9:+.2f} GB"
+        cells = [pattern, r["method"], f"{r['tool']} {r['version']}", f"{r['perplexity']:.2f}", f"{r['seconds']:.1f}"]
+        print("| " + " | ".join([*cells, forward, passes, memory]) + " |")
 
 
 if __name__ == "__main__":

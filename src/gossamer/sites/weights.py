@@ -24,7 +24,7 @@ from gossamer.sites._rows import describe, peak_bytes, phases
 from gossamer.sites._walk import Target
 
 # How many groups of calibration windows go through a block in lockstep. More lanes: smaller temporaries, smaller products.
-LANES = 8
+LANES = 16
 
 
 def prune(

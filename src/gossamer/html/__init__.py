@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from gossamer.html.charts import amount, number, percent
 
 __all__ = ["page"]
 
-_SETTING = ("method", "pattern", "sparsity")  # what of a recipe the name of a run and its setting already say
+_SETTING = ("method", "sparsity")  # what of a recipe the name of a run and its setting already say
 
 
 def page(documents: list[dict[str, Any]], title: str | None = None) -> str:
@@ -86,7 +87,8 @@ class Run:
         return cls(
             report,
             name=str(recipe["method"]).removesuffix("()"),
-            pattern=str(recipe["pattern"]).removesuffix("()"),
+            # Methods compare within a row or over the tensor, each as its paper does: one group here; the recipe tells.
+            pattern=re.sub(r"^Unstructured\(.*\)$", "Unstructured", str(recipe["pattern"])),
             level=round(totals["sparsity"], 4) if asked is None else float(asked),
             totals=totals,
             perplexity=_finite((report.evaluation or {}).get("perplexity")),

@@ -4,8 +4,8 @@
         --calibration valid.txt --evaluation test.txt
 
 The plain pass is the whole model over the calibration windows, one at a time, logits included. Memory is the peak resident
-size while pruning less the resident size after loading and the plain passes (loading maps the file: weights count once they
-have been read), freed memory handed back in between (Linux).
+size while pruning less the resident size once every weight has been read (loading only maps the file), freed memory handed
+back in between (Linux).
 """
 
 import argparse
@@ -59,6 +59,8 @@ def main() -> None:
     ids = calibration(args.calibration, tokens, samples=args.samples, sample="first")
     held_out = evaluation(args.evaluation, tokens, first=args.windows)
     model = causal_lm(path, dtype=torch.float32)
+    for parameter in model.parameters():
+        parameter.sum()
     loaded = resident()
     dense = perplexity(model, held_out)["perplexity"] if args.dense else None
     forward = statistics.median(forward_seconds(model, ids) for _ in range(args.forwards)) if args.forwards else None

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from gossamer.core.errors import GossamerError
 from gossamer.core.stats import Stats
 from gossamer.sites._lockstep import Lane, lockstep
+from gossamer.sites._rows import give_back
 from gossamer.sites._walk import Target, blocks_of, text_config
 
 Batch = Mapping[str, Tensor]
@@ -58,6 +59,7 @@ class Calibration:
             assert isinstance(module, nn.Module)
             for target in by_module[module]:
                 visit(target, gatherer.take(target))
+            give_back()
 
         with ExitStack() as stack:
             for done in self.blocks[:index]:
@@ -77,6 +79,7 @@ class Calibration:
             for module in by_module:
                 if module not in gatherer.seen:  # no token came this way: an expert kept in a module of its own
                     deal_with(module)
+        give_back()
 
     def _body(self, index: int) -> Callable[[Lane], None]:
         def run(lane: Lane) -> None:

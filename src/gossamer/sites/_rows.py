@@ -1,6 +1,7 @@
 """What a report says of a weight, a model and a run."""
 
 import contextlib
+import ctypes
 import resource
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +13,8 @@ from torch import nn
 
 from gossamer.core.stats import Stats
 from gossamer.sites._walk import Target
+
+_LIBC = ctypes.CDLL(None)
 
 
 def row(target: Target) -> dict[str, Any]:
@@ -59,6 +62,12 @@ def phases(rows: Iterable[Mapping[str, Any]], elapsed: float) -> dict[str, float
     """Split the time of the walk: what the method took, and the rest, which is calibration."""
     solving = sum(r["seconds"] for r in rows)
     return {"prune": solving, "calibrate": max(elapsed - solving, 0.0)}
+
+
+def give_back() -> None:
+    """Hand freed memory back to the system: glibc keeps it, in pieces that the next block's tensors do not fit."""
+    if hasattr(_LIBC, "malloc_trim"):
+        _LIBC.malloc_trim(0)
 
 
 def restart_peak() -> None:

@@ -1,6 +1,5 @@
 """A checkpoint opened without its blocks: each is read from its shards when its turn comes, and dropped after it."""
 
-import ctypes
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.load import causal_lm, filled
+from gossamer.sites._rows import give_back
 from gossamer.sites._walk import block_lists
-
-_LIBC = ctypes.CDLL(None)
 
 
 class Checkpoint:
@@ -67,8 +65,7 @@ class Checkpoint:
         """Forget one block's weights."""
         for module, name in self._stored.get(f"{list_name}.{index}", {}):
             _put(module, name, torch.empty_like(getattr(module, name), device="meta"))
-        if hasattr(_LIBC, "malloc_trim"):  # glibc keeps what threads have freed for those threads; the next block has others
-            _LIBC.malloc_trim(0)
+        give_back()
 
     def block_state(self, list_name: str, index: int) -> dict[str, Tensor]:
         """Return one block's weights under the names its checkpoint uses."""

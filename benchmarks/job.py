@@ -21,7 +21,7 @@ import torch
 import gossamer
 from gossamer.data import calibration, evaluation
 from gossamer.evaluate import perplexity
-from gossamer.load import causal_lm, resolve, tokenizer
+from gossamer.models import causal_lm, resolve, tokenizer
 
 
 @torch.no_grad()

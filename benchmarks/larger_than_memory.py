@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from gossamer.load import resolve
+from gossamer.models import resolve
 
 SHAPE = {
     "hidden_size": 3072,

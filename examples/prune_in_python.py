@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import gossamer
-from gossamer.load import causal_lm, check_directory, tokenizer
+from gossamer.models import causal_lm, check_directory, tokenizer
 
 
 def tiny() -> LlamaForCausalLM:

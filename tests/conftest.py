@@ -49,7 +49,7 @@ def tiny_tokenizer() -> Any:
 
 @pytest.fixture(scope="session")
 def _saved(tiny_llama: Any, tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from gossamer.load import quiet
+    from gossamer.models import quiet
 
     path = tmp_path_factory.mktemp("tiny") / "model"
     with quiet():

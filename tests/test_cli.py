@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import gossamer
-from gossamer import cli, compare, load
+from gossamer import cli, compare, models
 from gossamer.sites import checkpoint
 from gossamer.sites._job import ALLOCATIONS, METHODS, PATTERNS
 
@@ -230,7 +230,7 @@ def test_help_and_version(run: Any) -> None:
     assert "Usage" in run().out
     done = run("--version")
     assert (done.status, done.out) == (0, f"gossamer {gossamer.__version__}\n")
-    for command in ("prune", "eval", "compare", "report", "ls", "demo"):
+    for command in ("prune", "eval", "compare", "report", "ls", "demo", "bench", "plan", "generate", "timings", "unpack"):
         done = run(command, "--help")
         assert done.status == 0
         assert "Usage" in done.out
@@ -240,20 +240,26 @@ def test_demo_says_what_it_does_and_what_is_next(
     run: Any, tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = compare.compare
-    monkeypatch.setattr(load, "resolve", lambda model, say=None: tiny_dir if model == "smollm2" else Path(model))
+    monkeypatch.setattr(models, "resolve", lambda model, say=None: tiny_dir if model == "smollm2" else Path(model))
+    monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("gossamer.timing.ROTATE_BYTES", {"cpu": 1 << 12})
     small = {"seqlen": 16, "samples": 4}
     monkeypatch.setattr(compare, "compare", lambda *a, **k: original(*a, **k, **small))
     out = tmp_path / "demo"
     done = run("demo", "--out", out)
     assert done.status == 0
-    first, last = done.err.splitlines()[:2], done.err.splitlines()[-8:]
+    first, last = done.err.splitlines()[:3], done.err.splitlines()[-9:]
     assert all(word in " ".join(first) for word in ("SmolLM2", "Magnitude, Wanda and SparseGPT", "50 %", "2:4", "minutes"))
     assert str(out / "index.html") in " ".join(last)
     suggested = re.findall(r"gossamer eval (\S+)", " ".join(last))
     assert suggested
     assert Path(suggested[0]).is_dir(), "what it says to type next is there"
     assert len(list((out / "models").iterdir())) == 6
-    assert len(json.loads((out / "compare.json").read_text())["runs"]) == 6
+    runs = json.loads((out / "compare.json").read_text())["runs"]
+    assert len(runs) == 6
+    assert all(run["speed"]["dense"] > 0 and run["speed"]["packed"] > 0 for run in runs)
+    assert "tokens/s dense → packed" in done.out
+    assert 'data-chart="trade"' in (out / "index.html").read_text()
     assert run("eval", suggested[0], "--windows", "2", "--seqlen", "16").status == 0
     assert "kept from the run before" in run("demo", "--out", out).err
     assert run("demo", "--out", out, "--quiet").err == ""
@@ -398,7 +404,7 @@ BAD: dict[str, tuple[Callable[[Path], Any] | None, list[str], str]] = {
     "embedding missing": (weights(lambda t: t.pop("model.embed_tokens.weight")), PRUNE, "missing.*embed_tokens"),
     "weight's shape": (weights(lambda t: t.update({UP: torch.ones(3, 4)})), PRUNE, f"another shape.*{UP}"),
     "shard missing": (
-        lambda m: (m / load.INDEX).write_text(json.dumps({"weight_map": {"a": "b.safetensors"}})), PRUNE, "lacks the shard b",
+        lambda m: (m / models.INDEX).write_text(json.dumps({"weight_map": {"a": "b.safetensors"}})), PRUNE, "lacks the shard b",
     ),
     "no model": (without("config.json"), PRUNE, "no model directory: no config.json"),
     "no weights": (without("model.safetensors"), PRUNE, "holds no weights"),

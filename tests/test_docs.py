@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import typer
 
-from gossamer import cli, load
+from gossamer import cli, models
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -66,7 +66,8 @@ def test_commands_have_the_options_that_are_shown(page: Path) -> None:
     shown = [line for body in code(page, "sh") for line in body.splitlines() if line.startswith("gossamer ")]
     for line in shown:
         words = shlex.split(line, comments=True)
-        known = {option for parameter in commands[words[1]].params for option in parameter.opts}
+        options = commands[words[1]].params
+        known = {option for parameter in options for option in (*parameter.opts, *parameter.secondary_opts)}
         assert {word for word in words[2:] if word.startswith("-")} <= known, line
 
 
@@ -82,7 +83,7 @@ def test_the_readme_example_runs(
     config = json.loads((tiny_dir / "config.json").read_text())
     (tiny_dir / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))  # the default seqlen
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(load, "resolve", lambda name: tiny_dir)  # SmolLM2's part is played by a tiny Llama
+    monkeypatch.setattr(models, "resolve", lambda name: tiny_dir)  # SmolLM2's part is played by a tiny Llama
     (body,) = code(ROOT / "README.md", "python")
     names: dict[str, Any] = {}
     exec(compile(body, "README.md", "exec"), names)

@@ -155,6 +155,8 @@ def lm_eval(monkeypatch):
 
 
 def test_tasks_hands_over_and_returns_the_numbers(lm_eval, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
     found = tasks(tmp_path / "model", "arc_easy, piqa", tmp_path, limit=3, batch=2, device="cpu")
     assert found == {"arc_easy": {"acc": 0.5, "f1,strict": 1.0}}
     assert lm_eval["model"] == "hf"

@@ -52,3 +52,13 @@ def test_prune_larger_than_memory_takes_a_directory(
     run("prune_larger_than_memory.py", monkeypatch, roomy_dir, tmp_path / "out")
     assert "SparseGPT 2:4: 14 weights" in capsys.readouterr().out
     assert (tmp_path / "out" / "report.json").is_file()
+
+
+def test_pack_and_generate(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny_dir: Path, tmp_path: Path
+) -> None:
+    run("pack_and_generate.py", monkeypatch)
+    assert "writes what the dense one does: True" in capsys.readouterr().out
+    run("pack_and_generate.py", monkeypatch, tiny_dir, tmp_path / "out")
+    assert "writes what the dense one does: True" in capsys.readouterr().out
+    assert (tmp_path / "out" / "config.json").is_file()

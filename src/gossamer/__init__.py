@@ -7,10 +7,14 @@ from gossamer.core.schedule import Constant, Cosine, Cubic, Linear
 from gossamer.core.score import Score
 from gossamer.core.solver import Solver
 from gossamer.core.stats import Stats
+from gossamer.forecast import plan
+from gossamer.models import load
 from gossamer.scores import RIA, Gradient, Magnitude, Random, Wanda
-from gossamer.sites.checkpoint import prune_checkpoint, save
+from gossamer.sites.checkpoint import prune_checkpoint, save, unpack_checkpoint
+from gossamer.sites.packing import pack, unpack
 from gossamer.sites.weights import prune
 from gossamer.solvers import Mask, SparseGPT
+from gossamer.speed import bench
 
 __version__ = "0.1.0"
 
@@ -38,7 +42,13 @@ __all__ = [
     "TopK",
     "Unstructured",
     "Wanda",
+    "bench",
+    "load",
+    "pack",
+    "plan",
     "prune",
     "prune_checkpoint",
     "save",
+    "unpack",
+    "unpack_checkpoint",
 ]

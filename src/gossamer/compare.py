@@ -16,12 +16,13 @@ from gossamer.core.spec import show
 from gossamer.data import calibration
 from gossamer.data import evaluation as evaluation_windows
 from gossamer.evaluate import check_ids, perplexity
-from gossamer.load import causal_lm, check_directory, skeleton, tokenizer
+from gossamer.models import causal_lm, check_directory, skeleton, tokenizer
 from gossamer.sites._job import Job, check_finite, command_of, pattern_of, select_targets, show_method
 from gossamer.sites._rows import describe, peak_bytes, restart_peak
 from gossamer.sites._walk import targets as find_targets
 from gossamer.sites.checkpoint import save
 from gossamer.sites.weights import bar, prune
+from gossamer.speed import decoding
 
 Say = Callable[[str], None]
 
@@ -44,6 +45,7 @@ def compare(
     targets: str | None = None,
     device: str | None = None,
     keep_models: bool = False,
+    speed: bool = False,
     name: str | None = None,
     command: str | None = None,
     progress: bool | None = None,
@@ -61,6 +63,7 @@ def compare(
         data, evaluation: calibration text and evaluation text; the same name by default, of which data sets (and "builtin")
             give two disjoint splits.
         windows: evaluate on the first so many windows.
+        speed: pack each pruned model too where that pays here, and time its decoding beside the dense model's.
         others: as in `gossamer.prune`.
 
     Returns:
@@ -137,6 +140,9 @@ def compare(
             started = time.perf_counter()
             save(model, saved, report=report, tokenizer=tokens, force=True)
             report.seconds["save"] = time.perf_counter() - started
+        if speed:
+            say(f"{label}: packing and timing")
+            report.speed = decoding(model, job.pattern, progress=progress)
         return report.to_json()
 
     reference = once("dense", dense)
@@ -154,7 +160,7 @@ def compare(
         label = " ".join(filter(None, [show_method(job.solver), str(job.pattern), _at(job)]))
         saved = folder / "models" / _slug(label) if keep_models else None
         run = partial(pruned, job, label, saved)
-        document["runs"].append(once(label, run, show(job.allocation), saved))
+        document["runs"].append(once(label, run, show(job.allocation) + (" timed" if speed else ""), saved))
         write_text(folder / "compare.json", json.dumps(document, indent=1) + "\n")
     return document
 

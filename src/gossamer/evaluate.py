@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from gossamer.core.errors import GossamerError
+from gossamer.models import is_packed
 
 ROWS = 128  # logits are scored so many positions at a time: a float32 copy of a window's would double the memory
 
@@ -105,6 +106,8 @@ def tasks(
         raise GossamerError(
             f"lm-eval knows no task {told}: `lm-eval ls tasks` lists them; give the folder of task files of your own"
         )
+    if is_packed(model_dir):
+        import gossamer.hf  # noqa: F401 (importing it is what tells transformers how to load it)
     found = simple_evaluate(
         model="hf",
         model_args={"pretrained": str(model_dir)},

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import gossamer
 from gossamer.core.errors import GossamerError
-from gossamer.load import quiet
+from gossamer.models import quiet
 from gossamer.sites._run import Run
 from gossamer.sites._stream import Checkpoint
 from tests.sites.families import CAUSAL, causal

@@ -30,6 +30,8 @@ class Report:
         peak_bytes: the process's peak resident memory (and the accelerator's, where one was used).
         environment: versions and machine.
         evaluation: perplexity, tokens, seqlen, where the result was evaluated.
+        speed: where decoding was measured, dense and packed in one run: batch, context, dense and packed (seconds a step),
+            ratio, dense_bytes and bytes (of the whole model in memory), said (what was packed, in one sentence).
     """
 
     kind: str
@@ -40,6 +42,7 @@ class Report:
     peak_bytes: dict[str, int] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=lambda: environment())
     evaluation: dict[str, Any] | None = None
+    speed: dict[str, Any] | None = None
 
     @property
     def totals(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import statistics
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -44,6 +45,7 @@ def page(documents: list[dict[str, Any]], title: str | None = None) -> str:
             "study": study,
             "verdict": _verdict(study),
             "lowest": _lowest(study),
+            "timed": _dense_rate(study),
             "charts": charts.draw(study.runs, study.perplexity, colours, f"chart-{place}"),
             "recipe": _split([(f"{run.name} · {run.setting}", run.recipe) for run in study.runs], said=_SETTING),
             "environment": _split(
@@ -94,6 +96,12 @@ class Run:
             perplexity=_finite((report.evaluation or {}).get("perplexity")),
             rest=max(report.model.get("bytes", 0) - totals["bytes_dense"], 0),
         )
+
+    @property
+    def rate(self) -> float | None:
+        """Tokens a second, packed where that paid."""
+        speed = self.report.speed
+        return speed["batch"] / speed["packed"] if speed else None
 
     @property
     def setting(self) -> str:
@@ -208,6 +216,12 @@ def _best(study: Study) -> list[Run]:
     """The evaluated run of lowest perplexity at each setting, in the order of the settings."""
     evaluated = [run for run in study.runs if run.perplexity is not None]
     return [min(group, key=lambda run: run.perplexity or 0.0) for _, group in groupby(evaluated, lambda run: run.setting)]
+
+
+def _dense_rate(study: Study) -> float | None:
+    """The dense model's tokens a second, the median over the runs that measured it beside themselves; None where none did."""
+    rates = [speed["batch"] / speed["dense"] for run in study.runs if (speed := run.report.speed)]
+    return statistics.median(rates) if rates else None
 
 
 def _lowest(study: Study) -> list[Run]:

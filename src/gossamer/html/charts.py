@@ -47,6 +47,7 @@ def draw(runs: Sequence["Run"], dense: float | None, colours: dict[str, str], pr
     """Draw every chart of a set of runs; ``prefix`` begins the ids of their elements."""
     return [
         _quality(runs, dense, colours, f"{prefix}-quality"),
+        *([_trade(runs, dense, colours, f"{prefix}-trade")] if any(run.report.speed for run in runs) else []),
         _size(runs, f"{prefix}-size"),
         _time(runs, f"{prefix}-time"),
         _layers(runs, f"{prefix}-layers"),
@@ -130,6 +131,54 @@ def _quality(runs: Sequence["Run"], dense: float | None, colours: dict[str, str]
     note += f" Not drawn, as the perplexity is not finite: {', '.join(missing)}." if missing else ""
     alt = _alt("Perplexity", [(f"{run.name} at {run.setting}", number(run.perplexity)) for run in drawn])
     return Chart("quality", title, note, (Panel("", alt, _html(figure, prefix, 380)),), tuple(key))
+
+
+def _trade(runs: Sequence["Run"], dense: float | None, colours: dict[str, str], prefix: str) -> Chart:
+    """Quality against measured speed: what a user decides from. Up is worse, right is faster; dense is the cross."""
+    title = "Quality against speed"
+    drawn = [run for run in runs if run.perplexity is not None and run.report.speed]
+    if not drawn:
+        return Chart("trade", title, "Left out: no run has both a perplexity and a measured speed.")
+    figure = go.Figure()
+    key = []
+    patterns = list(dict.fromkeys(run.pattern for run in drawn))
+    for name in dict.fromkeys(run.name for run in drawn):
+        for pattern, style in zip(patterns, cycle(STYLES), strict=False):
+            if points := [run for run in drawn if (run.name, run.pattern) == (name, pattern)]:
+                figure.add_trace(
+                    go.Scatter(
+                        name=escape(f"{name} · {pattern}"),
+                        x=[run.rate for run in points],
+                        y=[run.perplexity for run in points],
+                        mode="markers",
+                        marker={"size": 13, "symbol": style[1], "color": colours[name]},
+                        customdata=[[percent(run.level), (run.report.speed or {})["ratio"]] for run in points],
+                        hovertemplate="%{x:.4g} tokens/s (%{customdata[1]:.2f}×)<br>"
+                        "perplexity %{y:,.4g}, %{customdata[0]} zeros",
+                    )
+                )
+                key.append((f"{name} · {pattern}" if len(patterns) > 1 else name, colours[name], style[2]))
+    reference = [speed["batch"] / speed["dense"] for run in drawn if (speed := run.report.speed)]
+    values = [run.perplexity or 0.0 for run in drawn]
+    if dense:
+        middle = sorted(reference)[len(reference) // 2]
+        cross = {"size": 13, "symbol": "x", "color": NEUTRAL[0]}
+        figure.add_trace(go.Scatter(name="Dense", x=[middle], y=[dense], mode="markers", marker=cross, hovertemplate="dense"))
+        figure.add_vline(x=middle, line={"dash": "dash", "color": NEUTRAL[1], "width": 2})
+        key.append((f"Dense {number(dense)}, {_short(middle)} tokens/s", NEUTRAL[0], "✕"))
+        values.append(dense)
+    log = max(values) > 10 * min(values)
+    figure.update_yaxes(title="Perplexity (lower is better" + (", log scale)" if log else ")"), type="log" if log else "linear")
+    if log:
+        figure.update_yaxes(dtick=1)
+    figure.update_xaxes(title="Decoding speed (tokens/s, measured)")
+    first = drawn[0].report.speed or {}
+    note = (
+        f"Decoding with a static cache, batch {first['batch']}, {first['context']} tokens of context, each run beside the "
+        "dense model. Left of the dashed line sparse is slower than dense."
+    )
+    told = [(f"{run.name} at {run.setting}", f"{number(run.perplexity)} at {_short(run.rate or 0)} tokens/s") for run in drawn]
+    return Chart("trade", title, note, (Panel("", _alt("Perplexity and speed", told), _html(figure, prefix, 380)),), tuple(key))
 
 
 def _bars(runs: Sequence["Run"], colour: str) -> go.Bar:

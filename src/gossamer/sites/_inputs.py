@@ -55,7 +55,7 @@ def calibration_batches(
 
 def _tokenizer_of(name: str) -> Any:
     """Load the tokenizer of the directory or hub id that a model says it came from."""
-    from gossamer.load import resolve, tokenizer
+    from gossamer.models import resolve, tokenizer
 
     if not name:
         raise GossamerError("text needs a tokenizer, and this model does not say where it came from: give tokenizer=")

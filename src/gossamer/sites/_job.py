@@ -5,12 +5,14 @@ import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
 from torch import Tensor, nn
 
-from gossamer import scores, solvers
+from gossamer import formats, scores, sites, solvers
 from gossamer.core import allocate as allocations
 from gossamer.core import pattern as patterns
 from gossamer.core import schedule as schedules
@@ -178,13 +180,18 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
         "patterns": PATTERNS,
         "allocations": ALLOCATIONS,
         "schedules": names_in(schedules),
+        "formats": names_in(formats),
+        "sites": {
+            name: import_module(f"gossamer.sites.{name}") for _, name, _ in iter_modules(sites.__path__) if name[0] != "_"
+        },
     }
     return {kind: [_entry(name, thing) for name, thing in sorted(things.items())] for kind, things in kinds.items()}
 
 
 def _entry(name: str, thing: Any) -> dict[str, Any]:
     needs: Any = getattr(thing, "needs", frozenset())
-    fields = inspect.signature(thing).parameters.values()
+    plain = inspect.ismodule(thing) or thing in vars(formats).values()  # never written out in a spec
+    fields = [] if plain else inspect.signature(thing).parameters.values()
     free = [f for f in fields if f.name not in ("tensors", "sparsity")]
     return {
         "name": name,

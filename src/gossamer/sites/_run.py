@@ -19,7 +19,7 @@ from torch import Tensor
 from gossamer.core.atomic import cannot_write, publish, replacing, write_text
 from gossamer.core.errors import GossamerError
 from gossamer.core.report import Report, environment, read_json
-from gossamer.load import INDEX
+from gossamer.models import INDEX
 
 _OURS = ("sparsity.json", "report.json")
 REST_SHARD_BYTES = 2**31

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gossamer.load import causal_lm, filled
+from gossamer.models import causal_lm, filled
 from gossamer.sites._rows import give_back
 from gossamer.sites._walk import block_lists
 
@@ -21,7 +21,7 @@ class Checkpoint:
     Args:
         path: a checked model directory.
         scratch: an empty folder for weights that have to be converted.
-        skeleton: the same model without weights, as `gossamer.load.skeleton` gives it.
+        skeleton: the same model without weights, as `gossamer.models.skeleton` gives it.
         whole: load everything at once instead, for methods that need the whole model.
     """
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gossamer.core.errors import GossamerError
+from gossamer.sites._sparse_linear import SparseLinear
 
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
@@ -100,8 +101,10 @@ def targets(model: nn.Module, expression: str | None = None) -> list[Target]:
         expression: comma-separated names, where * and ? match anything ("*.mlp.*"); with or without the final ".weight".
 
     Raises:
-        GossamerError: nothing matches (what there is gets named).
+        GossamerError: nothing matches (what there is gets named), or the weights are packed.
     """
+    if any(isinstance(module, SparseLinear) for module in model.modules()):
+        raise GossamerError(f"{type(model).__name__} holds packed weights: make them dense again first, with gossamer.unpack")
     inside = list(_inside(model))
     if expression is None:
         chosen = [target for target, is_router in inside if not is_router]

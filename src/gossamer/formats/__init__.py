@@ -1,0 +1,8 @@
+"""One file a stored layout; importing it here is what makes it known everywhere."""
+
+from gossamer.formats.bitmask import Bitmask
+from gossamer.formats.block import Block
+from gossamer.formats.nm import NM
+from gossamer.formats.sliced import Sliced
+
+__all__ = ["NM", "Bitmask", "Block", "Sliced"]

@@ -1,0 +1,97 @@
+"""torch's own threads: a compiled job runs on the OpenMP team that torch's operators run on.
+
+A second pool would fight with torch's, whose workers spin between operators. So the job, a C function that takes one pointer,
+is handed to GOMP_parallel of the OpenMP library that torch itself has loaded, with as many threads as torch is set to. A job
+shares its work out by an atomic counter; it runs to the same result on any number of threads.
+"""
+
+import ctypes
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numba import cfunc, types
+
+JOB = types.void(types.voidptr)
+SMALL = 1 << 15  # multiplications below which a second thread costs more than it brings
+
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True  # an OpenMP team does not survive a fork, and a child that enters it hangs: it works alone
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+@cache
+def _gomp() -> Callable[..., None] | None:
+    """Return GOMP_parallel of the OpenMP library in this process (GNU's, LLVM's and Intel's have it), None without one."""
+    try:
+        mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "omp" in line}
+    except OSError:
+        return None
+    for path in sorted(mapped, key=lambda path: os.path.dirname(torch.__file__) not in path):  # torch's own comes first
+        if Path(path).name.startswith(("libgomp", "libiomp", "libomp")):
+            found = getattr(ctypes.CDLL(path), "GOMP_parallel", None)
+            if found is not None:
+                found.argtypes, found.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+                return found
+    return None
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads)
+
+
+def compiled(signature: Any) -> Callable[[Callable[..., None]], Any]:
+    """Compile a C function, and keep it on disk for the next process where there is a place for that."""
+
+    def decorate(function: Callable[..., None]) -> Any:
+        try:
+            return cfunc(signature, cache=True)(function)
+        except RuntimeError:  # neither the package nor the home directory can be written to
+            return cfunc(signature)(function)
+
+    return decorate
+
+
+def share(job: Any, count: int, work: int, *operands: int) -> None:
+    """Run a compiled job on as many threads as torch is set to, if it is worth them, and wait for it.
+
+    Args:
+        job: compiled as `JOB`. Its argument is an int64 array: the counter of tasks, ``count``, how many of them a task has,
+            and the operands. Task t is t·n ≤ i < min(t·n + n, count).
+        count: how many rows, slices ... there are to do.
+        work: how many multiplications that is.
+        operands: what else the job wants to know.
+    """
+    threads = torch.get_num_threads() if work > SMALL else 1
+    each = max(-(-count // (8 * threads)), 1)  # some tasks a thread, so that none waits long for another
+    run(job.address, np.array([0, count, each, *operands], dtype=np.int64), threads)
+
+
+def run(address: int, job: "np.ndarray[tuple[int], np.dtype[np.int64]]", threads: int) -> None:
+    """Run a job on ``threads`` threads and wait for it.
+
+    Args:
+        address: of a C function ``void (void *)``.
+        job: its argument, int64; entry 0 is the counter by which the threads share the work.
+        threads: how many at most; 1 runs it here.
+    """
+    pointer = job.ctypes.data
+    if threads <= 1 or _forked:
+        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)(pointer)
+    elif (gomp := _gomp()) is not None:
+        gomp(address, pointer, threads, 0)
+    else:
+        call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
+        list(_pool(threads).map(lambda _: call(pointer), range(threads)))

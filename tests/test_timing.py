@@ -1,0 +1,81 @@
+"""The table of measured products: what it asks for, what it keeps, and that it refuses to time a wrong product."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from gossamer import NM, Block, Unstructured
+from gossamer.core.errors import GossamerError
+from gossamer.formats import Bitmask
+from gossamer.timing import FORMATS, Product, Table, candidates, measure, rounded, seconds
+
+CPU = torch.device("cpu")
+SMALL = Product(32, 64, "float32", 1)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gossamer.timing.ROTATE_BYTES", {"cpu": 1 << 12})
+
+
+def test_sparsities_are_rounded_down() -> None:
+    assert [rounded(s) for s in (0.0, 0.04, 0.05, 0.5, 0.548, 0.69997, 0.9989)] == [0.0, 0.0, 0.05, 0.5, 0.5, 0.7, 0.95]
+
+
+def test_candidates_follow_from_pattern_and_device() -> None:
+    assert candidates(None, CPU) == candidates(Unstructured(), CPU) == ["Bitmask"]
+    assert candidates(NM(2, 4), CPU) == ["NM", "Bitmask"]
+    assert candidates(Block(4, 1), torch.device("cuda")) == ["Block", "Bitmask", "Sliced"]
+
+
+def test_turns_rotate() -> None:
+    seen: list[int] = []
+    seconds(seen.append, CPU, turns=4, repeats=30)
+    assert seen[-30:] == [i % 4 for i in range(30)]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_each_format_is_measured(name: str) -> None:
+    pattern = {"NM": "2:4", "Block": "4x1"}.get(name, "Unstructured")
+    found = measure(Product(32, 64, "bfloat16", 2, name, pattern, 0.5), CPU)
+    assert found["seconds"] > 0
+    assert found["kernel"] in ("avx512", "portable")
+    assert found["bytes"] > 0
+
+
+def test_a_wrong_product_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Bitmask.linear
+    monkeypatch.setattr(Bitmask, "linear", lambda self, x, kernel="auto": right(self, x, kernel) * 1.01)
+    with pytest.raises(GossamerError, match="more than rounding: not timed"):
+        measure(Product(32, 64, "float32", 1, "Bitmask", "Unstructured", 0.5), CPU)
+
+
+def test_entries_are_kept_and_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = Table(path=tmp_path / "t.json")
+    assert table.missing([SMALL, SMALL]) == [SMALL]
+    found = table[SMALL]
+    assert Table(path=tmp_path / "t.json")[SMALL] == found
+    assert list(json.loads((tmp_path / "t.json").read_text())) == [table.key]
+    monkeypatch.setattr("gossamer.timing.measure", lambda *_: pytest.fail("measured again"))
+    again = Table(path=tmp_path / "t.json")
+    assert again[SMALL] == found
+    assert again.missing([SMALL]) == []
+    assert again.forget() == 1
+    assert Table(path=tmp_path / "t.json").missing([SMALL]) == [SMALL]
+
+
+def test_other_devices_entries_stay(tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps({"another machine": {"x": {"seconds": 1.0}}}))
+    table = Table(path=path)
+    table[SMALL]
+    assert set(json.loads(path.read_text())) == {"another machine", table.key}
+    table.forget()
+    assert json.loads(path.read_text()) == {"another machine": {"x": {"seconds": 1.0}}}
+
+
+def test_a_dtype_that_is_not_supported() -> None:
+    with pytest.raises(GossamerError, match="cannot time float64"):
+        measure(Product(4, 4, "float64", 1), CPU)

@@ -226,3 +226,16 @@ def test_a_browser_draws_every_chart(tmp_path):
     assert count('<g class="trace scatter', quality) == 2  # methods
     assert count('<path class="point"', quality) == 6  # runs
     assert "log scale" in quality
+
+
+def test_measured_speed_is_drawn_with_the_rows_that_lose() -> None:
+    fast, slow = prune("Wanda", perplexity=20.0), prune("SparseGPT", perplexity=15.0)
+    fast["speed"] = {"batch": 1, "context": 128, "dense": 0.05, "packed": 0.025, "ratio": 2.0}
+    slow["speed"] = {"batch": 1, "context": 128, "dense": 0.05, "packed": 0.1, "ratio": 0.5}
+    drawn = page([compare(fast, slow)])
+    assert 'data-chart="trade"' in drawn
+    assert "15.00 at 10 tokens/s" in drawn
+    assert "20.00 at 40 tokens/s" in drawn
+    assert "Dense 11.12, 20 tokens/s" in drawn
+    assert drawn.count('scope="col">Tokens/s') == 1
+    assert 'data-chart="trade"' not in page([compare(prune("Wanda"))])

@@ -2,6 +2,7 @@
 
 import math
 import re
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -161,7 +162,7 @@ def _trade(runs: Sequence["Run"], dense: float | None, colours: dict[str, str], 
     reference = [speed["batch"] / speed["dense"] for run in drawn if (speed := run.report.speed)]
     values = [run.perplexity or 0.0 for run in drawn]
     if dense:
-        middle = sorted(reference)[len(reference) // 2]
+        middle = statistics.median(reference)
         cross = {"size": 13, "symbol": "x", "color": NEUTRAL[0]}
         figure.add_trace(go.Scatter(name="Dense", x=[middle], y=[dense], mode="markers", marker=cross, hovertemplate="dense"))
         figure.add_vline(x=middle, line={"dash": "dash", "color": NEUTRAL[1], "width": 2})

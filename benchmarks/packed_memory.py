@@ -8,7 +8,6 @@ The peak counts from after the imports (Linux), and includes what is alive besid
 import argparse
 import ctypes
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -22,10 +21,17 @@ from gossamer.shapes import config_of, random_model
 from gossamer.speed import mask_at_random
 
 
-def resident() -> int:
+def memory(line: str) -> int:
+    """Return a line of this process's status in bytes: VmRSS now, or VmHWM, its peak since it was last reset."""
+    found = next(text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith(line))
+    return int(found.split()[1]) * 1024
+
+
+def restart() -> int:
+    """Hand freed memory back, let the peak count from now, and return what is resident."""
     ctypes.CDLL(None).malloc_trim(0)
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
-    return int(line.split()[1]) * 1024
+    Path("/proc/self/clear_refs").write_text("5")
+    return memory("VmRSS")
 
 
 def inside(folder: str) -> None:
@@ -35,13 +41,12 @@ def inside(folder: str) -> None:
     import gossamer.hf
     from gossamer.kernels.bitmask import cpu  # noqa: F401
 
-    before = resident()
-    Path("/proc/self/clear_refs").write_text("5")
+    before = restart()
     model = gossamer.load(folder)
-    loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    Path("/proc/self/clear_refs").write_text("5")
+    loaded = memory("VmHWM") - before
+    restart()
     list(greedy(model, torch.arange(16)[None], 16))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    peak = memory("VmHWM") - before
     weights = sum(t.nbytes for t in {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}.values())
     print(json.dumps({"weights": weights, "loading": loaded, "decoding": peak}))
 

@@ -31,7 +31,8 @@ def has_avx512() -> bool:
 
 @cache
 def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    """Whether the GPU kernels run: they hold PTX, which AMD's Triton has not."""
+    return importlib.util.find_spec("triton") is not None and torch.version.hip is None
 
 
 def choose(kernel: str, device: torch.device, there: Collection[str]) -> str:

@@ -115,7 +115,7 @@ def weights(draw: st.DrawFn) -> tuple[type[Format], Tensor, Tensor, Pattern]:
 
 
 @settings(max_examples=150, deadline=None)
-@given(weights(), st.integers(0, 30), st.sampled_from(["auto", "portable"]))
+@given(weights(), st.integers(0, 70), st.sampled_from(["auto", "portable"]))
 def test_any_mask_of_any_density(weight: tuple[type[Format], Tensor, Tensor, Pattern], batch: int, kernel: str) -> None:
     layout, dense, mask, pattern = weight
     x = inputs(batch, dense.shape[1], dense.dtype)

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-BATCHES = (0, 1, 2, 3, 4, 5, 7, 8, 24, 25, 40)
+BATCHES = (0, 1, 2, 3, 4, 5, 7, 8, 9, 12, 16, 24, 25, 40, 64, 70)
 TIMED_BATCHES = (1, 4, 16, 64, 512)
 
 

@@ -190,6 +190,19 @@ def lowest(typingctx: Any, word: Any) -> Any:
 
 
 @intrinsic
+def prefetch(typingctx: Any, at: Any) -> Any:
+    """Have the cache line at an address, any address, brought near."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        wanted = ir.FunctionType(ir.VoidType(), [ir.PointerType(_I8), _I32, _I32, _I32])
+        function = cgutils.get_or_insert_function(builder.module, wanted, "llvm.prefetch.p0")
+        builder.call(function, [_at(builder, args[0], _I8), _I32(0), _I32(3), _I32(1)])
+        return context.get_dummy_value()
+
+    return types.void(INT), codegen
+
+
+@intrinsic
 def ones(typingctx: Any, word: Any) -> Any:
     """How many bits of a word are set."""
 

@@ -15,7 +15,7 @@ from gossamer.kernels import _team
 from gossamer.kernels._simd import Kind, address, call, clear_bits, load_f32, load_float, load_i64, store_f32, take
 
 FEW = 12
-TILE_BYTES = 1 << 19  # of a dense tile: half of a common second-level cache
+TILE_BYTES = 1 << 23  # of a dense tile: smaller ones, which a cache would hold, cost more in the dense product than they save
 
 # void (operands, unit, to): write the rows of one unit (a row, a row of tiles, a slice) dense, one after another, in the dtype
 # of the values. Operands, all int64. 0 to 2: the values, their bytes (2 or 4), columns. From 3 on: the layout's own.

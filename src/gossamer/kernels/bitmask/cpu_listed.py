@@ -106,7 +106,7 @@ def pays(density: float, batch: int, spread: int) -> bool:
     """Whether it takes less time than rows spread: in registers up to ``spread`` inputs, dense for more."""
     groups, vectors = _groups(batch)
     if batch > spread:
-        return density < 0.55 or batch <= 64
+        return density < 0.48 or batch <= 64
     return batch > 4 and LIST + 32 * density * VALUE[vectors] * groups < SPREAD * -(-batch // 8)
 
 

@@ -4,6 +4,7 @@ A layout gives one C function, its `SPREAD`; memory carries only what it stores,
 Up to `FEW` inputs are multiplied with it there and then; more go through a larger tile and torch's dense product.
 """
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,9 @@ from gossamer.kernels import _team
 from gossamer.kernels._simd import Kind, address, call, clear_bits, load_f32, load_float, load_i64, store_f32, take
 
 FEW = 12
-TILE_BYTES = 1 << 23  # of a dense tile: smaller ones, which a cache would hold, cost more in the dense product than they save
+TILE_BYTES = 1 << 22  # of a dense tile: the lower it is, the longer torch's product takes by the row
+
+_kept = threading.local()  # the tile of each thread: the pages of a new one would take longer to come than to be filled
 
 # void (operands, unit, to): write the rows of one unit (a row, a row of tiles, a slice) dense, one after another, in the dtype
 # of the values. Operands, all int64. 0 to 2: the values, their bytes (2 or 4), columns. From 3 on: the layout's own.
@@ -101,13 +104,20 @@ def product(x: Tensor, spread: Any, count: int, height: int, columns: int, value
     return y.to(x.dtype)
 
 
+def _room(size: int) -> Tensor:
+    found: Tensor | None = getattr(_kept, "room", None)
+    if found is None or len(found) < size:
+        found = _kept.room = torch.empty(size, dtype=torch.uint8)
+    return found[:size]
+
+
 def _by_tiles(
     x: Tensor, spread: Any, count: int, height: int, columns: int, dtype: torch.dtype, operands: tuple[int, ...]
 ) -> Tensor:
     """Make some rows dense at a time, and leave the product to the dense one while they are in the cache."""
     rows = max(TILE_BYTES // max(columns * dtype.itemsize, 1) // 64 * 64, 64)
     tall = max(min(rows // height, count), 1)  # units of a tile
-    tile = torch.empty(tall * height, columns, dtype=dtype)
+    tile = _room(tall * height * columns * dtype.itemsize).view(dtype).view(tall * height, columns)
     y = torch.empty(len(x), count * height, dtype=x.dtype)
     wide = torch.promote_types(x.dtype, dtype)
     x = x.to(torch.float32 if wide == torch.float16 else wide)  # torch's product in float16 is several times slower

@@ -1,4 +1,4 @@
-"""x Wᵀ on the CPU for any layout that can write some of its rows dense: in the cache, a few at a time.
+"""x Wᵀ on the CPU for any layout that can write some of its rows dense: a few at a time.
 
 A layout gives one C function, its `SPREAD`; memory carries only what it stores, and what it spreads is used while it is near.
 Up to `FEW` inputs are multiplied with it there and then; more go through a larger tile and torch's dense product.

@@ -1,7 +1,7 @@
 """What Numba does not have: raw pointers, an atomic counter, 16-bit floats.
 
-With `_avx512` and `_avx512_listed` the only file that writes LLVM. Pointers are int64 addresses; `Kind` says what the values are
-and how they are multiplied.
+With `_avx512` and `_avx512_listed` the only file that writes LLVM. Pointers are int64 addresses; `Kind` says what the values
+are and how they are multiplied.
 """
 
 from enum import IntEnum

@@ -2,5 +2,5 @@
 
 from importlib.util import find_spec
 
-GPU = ["src/gossamer/kernels/*/triton.py", "src/gossamer/kernels/_gpu.py", "src/gossamer/kernels/_ptx.py"]
+GPU = [f"src/gossamer/kernels/{file}.py" for file in ("*/triton", "*/_ptx", "_gpu", "_ptx")]
 collect_ignore_glob = [] if find_spec("triton") else GPU

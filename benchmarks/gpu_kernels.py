@@ -38,16 +38,20 @@ def products() -> Iterator[Product]:
                 yield Product(out, wide, "bfloat16", batch, "Sliced", "Unstructured", sparsity)
             for batch in (1, 16, 64) if large else (1, 16):
                 yield Product(out, wide, "bfloat16", batch, "Bitmask", "Unstructured", sparsity)
+            for batch in (1, 4, 8, 16, 32, 64) if large else (1, 16):
+                yield Product(out, wide, "bfloat16", batch, "Tiled", "Unstructured", sparsity)
         for batch in (1, 16, 64) if large else (1, 16):
             yield Product(out, wide, "bfloat16", batch, "NM", "2:4", 0.5)
         for pattern in ("4x1", "16x16", "32x32") if large else ():
             for batch in (1, 16):
                 yield Product(out, wide, "bfloat16", batch, "Block", pattern, 0.5)
-    for batch in (512, 2048):  # a prompt
+    for batch in (512, 2048, 4096):  # a prompt
         for layout, pattern, sparsity in (
             ("Sliced", "Unstructured", 0.5),
             ("Sliced", "Unstructured", 0.7),
             ("Bitmask", "Unstructured", 0.5),
+            ("Tiled", "Unstructured", 0.5),
+            ("Tiled", "Unstructured", 0.7),
             ("NM", "2:4", 0.5),
             ("Block", "16x16", 0.5),
         ):

@@ -27,7 +27,7 @@ def test_sparsities_are_rounded_down() -> None:
 def test_candidates_follow_from_pattern_and_device() -> None:
     assert candidates(None, CPU) == candidates(Unstructured(), CPU) == ["Bitmask"]
     assert candidates(NM(2, 4), CPU) == ["NM", "Bitmask"]
-    assert candidates(Block(4, 1), torch.device("cuda")) == ["Block", "Bitmask", "Sliced"]
+    assert candidates(Block(4, 1), torch.device("cuda")) == ["Block", "Bitmask", "Sliced", "Tiled"]
 
 
 def test_turns_rotate() -> None:

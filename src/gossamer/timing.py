@@ -53,7 +53,7 @@ class Product:
 def candidates(pattern: Pattern | None, device: torch.device) -> list[str]:
     """Return the names of the formats worth timing for a pattern on a device."""
     first = {NM: "NM", Block: "Block"}.get(type(pattern))  # type: ignore[arg-type]
-    return [*([first] if first else []), "Bitmask", *(["Sliced"] if device.type == "cuda" else [])]
+    return [*([first] if first else []), "Bitmask", *(["Sliced", "Tiled"] if device.type == "cuda" else [])]
 
 
 def spec_of(pattern: Pattern | None) -> str:

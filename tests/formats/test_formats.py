@@ -16,7 +16,7 @@ from gossamer.core.format import DTYPES, Format
 from gossamer.core.pattern import NM, Block, Pattern, Unstructured
 
 BITS = {2: torch.int16, 4: torch.int32}
-ANY = (formats.Bitmask, formats.Sliced)  # take any mask
+ANY = (formats.Bitmask, formats.Sliced, formats.Tiled)  # take any mask
 PATTERNS = (NM(2, 4), NM(1, 2), NM(5, 16), NM(3, 7), Block(4, 1), Block(2, 8))
 SHAPES = ((1, 1), (5, 7), (33, 64), (64, 100), (130, 513), (16, 0), (0, 16), (0, 0), (40, 3000))
 
@@ -222,7 +222,7 @@ def _weight(layout: type[Format]) -> Format:
 
 
 Damage = Callable[[dict[str, Tensor]], Any]
-LAYOUTS = (formats.Bitmask, formats.Block, formats.NM, formats.Sliced)
+LAYOUTS = (formats.Bitmask, formats.Block, formats.NM, formats.Sliced, formats.Tiled)
 
 
 def _set(name: str, at: Any, to: Any) -> Damage:
@@ -264,6 +264,9 @@ DAMAGE: dict[tuple[type[Format], str], tuple[Damage, str]] = {
     (formats.Sliced, "a negative base"): (_set("bases", 0, -1), "columns go beyond its 300"),
     (formats.Sliced, "a step of nothing"): (_set("steps", 1, 0), "two entries in one place"),
     (formats.Sliced, "a base before"): (_set("bases", slice(32, 64), 0), "columns fall along a row"),
+    (formats.Tiled, "another population"): (_set("bits", (0, 0, 0), 255), "mask has room for"),
+    (formats.Tiled, "a column too far"): (_set("bits", (0, 1, 0), 255), "beyond its shape"),
+    (formats.Tiled, "a row too far"): (_set("bits", (0, 24, 0), 1), "beyond its shape"),
     (formats.Sliced, "a value beyond"): (_set("values", -1, float("nan")), "values beyond its counts"),
 }
 

@@ -20,12 +20,14 @@ FORMATS: dict[str, type[Format]] = {
     "block": formats.Block,
     "nm": formats.NM,
     "sliced": formats.Sliced,
+    "tiled": formats.Tiled,
 }
 MIDDLING = {
     "bitmask": Case(130, 513),
     "block": Case(128, 520, "4x4"),
     "nm": Case(130, 516, "2:4", None),
     "sliced": Case(130, 513),
+    "tiled": Case(130, 513),
 }
 ON_CPU = ("avx512", "portable", "reference")
 

@@ -43,6 +43,7 @@ MORE: dict[str, tuple[Case, ...]] = {
         Case(600, 2048, "2x4", 0.7),
     ),
     "nm": tuple(Case(*groups, None) for groups in OF_GROUPS),
+    "tiled": (Case(64, 512), Case(65, 520, sparsity=0.9), Case(300, 2100, sparsity=0.7), Case(16, 1024, sparsity=0.0)),
     "sliced": (Case(64, 128), Case(65, 129, sparsity=0.9), Case(300, 2100, sparsity=0.7), Case(40, 9000, sparsity=0.99)),
 }
 LARGE = {
@@ -50,6 +51,7 @@ LARGE = {
     "block": Case(1024, 1536, "16x16"),
     "nm": Case(1024, 1536, "2:4", None),
     "sliced": Case(1024, 1536),
+    "tiled": Case(1024, 1536),
 }
 
 
@@ -105,12 +107,13 @@ def test_rows_of_a_slice_may_have_nothing_in_common(dtype: torch.dtype) -> None:
     }
     for mask in masks.values():
         dense = torch.randn(160, 1500, generator=torch.Generator().manual_seed(1)).to(dtype).masked_fill(~mask, 0)
-        weight = there(formats.Sliced.pack(dense, mask))
-        for batch in BATCHES:
-            x = inputs(batch, 1500, dtype).to(GPU)
-            with poisoned():
-                y = weight.linear(x, "triton")
-            check(y, x, dense.to(GPU))
+        for layout in (formats.Sliced, formats.Tiled):
+            weight = there(layout.pack(dense, mask))
+            for batch in BATCHES:
+                x = inputs(batch, 1500, dtype).to(GPU)
+                with poisoned():
+                    y = weight.linear(x, "triton")
+                check(y, x, dense.to(GPU))
 
 
 @pytest.mark.parametrize("op", FORMATS)
@@ -182,7 +185,13 @@ def layer(layout: Any, pattern: Pattern | None, dtype: torch.dtype) -> tuple[nn.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own compiler, on newer Pythons
 @pytest.mark.parametrize(
     ("layout", "pattern"),
-    [(formats.Bitmask, None), (formats.Sliced, None), (formats.NM, NM(2, 4)), (formats.Block, Block(4, 1))],
+    [
+        (formats.Bitmask, None),
+        (formats.Sliced, None),
+        (formats.Tiled, None),
+        (formats.NM, NM(2, 4)),
+        (formats.Block, Block(4, 1)),
+    ],
     ids=lambda x: x.__name__ if isinstance(x, type) else "",
 )
 def test_a_module_compiles_without_a_break(layout: type[Format], pattern: Pattern | None) -> None:
@@ -197,7 +206,7 @@ def test_a_module_compiles_without_a_break(layout: type[Format], pattern: Patter
             torch.testing.assert_close(compiled(x).double(), wanted, **close)
 
 
-@pytest.mark.parametrize("layout", [formats.Bitmask, formats.Sliced], ids=lambda x: x.__name__)
+@pytest.mark.parametrize("layout", [formats.Bitmask, formats.Sliced, formats.Tiled], ids=lambda x: x.__name__)
 def test_a_weight_of_more_than_two_thousand_million_entries(layout: type[Format]) -> None:
     rows, columns = 66000, 33024
     if torch.cuda.mem_get_info()[0] < 60 << 30:

@@ -106,6 +106,7 @@ def test_what_is_in_the_files(packed: Path) -> None:
         ("NM", "2:4", {"format": "NM", "n": 2, "m": 4}),
         ("Block", "4x1", {"format": "Block", "h": 4, "w": 1}),
         ("Sliced", None, {"format": "Bitmask"}),  # for running only
+        ("Tiled", None, {"format": "Bitmask"}),
     ],
 )
 def test_packed_layers_are_written_as_they_are(format: str, pattern: str | None, said: dict[str, Any], tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_only_zeros_are_packed(pruned: Any) -> None:
     assert isinstance(pruned.model.layers[0].mlp.up_proj, torch.nn.Linear)
 
 
-@pytest.mark.parametrize("format", ["Bitmask", "NM", "Sliced"])
+@pytest.mark.parametrize("format", ["Bitmask", "NM", "Sliced", "Tiled"])
 def test_each_format_runs_the_same_model(tiny_llama: Any, format: str) -> None:
     model = tiny_llama()
     gossamer.prune(model, "Magnitude", "2:4")
@@ -108,7 +108,7 @@ def test_nothing_to_pack(tiny_llama: Any) -> None:
 
 def test_refusals_change_nothing(pruned: Any) -> None:
     for call, words in {
-        lambda: gossamer.pack(pruned, "Bitmsk"): "unknown format 'Bitmsk'; known: NM, Bitmask, Block, Sliced",
+        lambda: gossamer.pack(pruned, "Bitmsk"): "unknown format 'Bitmsk'; known: NM, Bitmask, Block, Sliced, Tiled",
         lambda: gossamer.pack(pruned, "NM"): "packs an N:M pattern",
         lambda: gossamer.pack(pruned, "NM", pattern="2:4"): "more than 2:4 allows",
         lambda: gossamer.pack(pruned, "Bitmask", kernel="triton"): "triton",

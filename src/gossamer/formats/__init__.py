@@ -4,5 +4,6 @@ from gossamer.formats.bitmask import Bitmask
 from gossamer.formats.block import Block
 from gossamer.formats.nm import NM
 from gossamer.formats.sliced import Sliced
+from gossamer.formats.tiled import Tiled
 
-__all__ = ["NM", "Bitmask", "Block", "Sliced"]
+__all__ = ["NM", "Bitmask", "Block", "Sliced", "Tiled"]

@@ -145,8 +145,8 @@ def save(
     Args:
         model: a transformers model.
         out: the directory; it must be empty or absent unless ``force``, and appears whole or not at all.
-        packed: leave the zeros out: weights that `gossamer.pack` has packed are written as they are (`Sliced` as `Bitmask`);
-            of a model without such, every target whose zeros save bytes, as `Bitmask`. `gossamer.load` opens it.
+        packed: leave the zeros out: weights that `gossamer.pack` has packed are written as they are (`Sliced` and `Tiled` as
+            `Bitmask`); of a model without such, every target whose zeros save bytes, as `Bitmask`. `gossamer.load` opens it.
         report: kept as ``report.json`` beside it.
         tokenizer: saved along, where given.
 

@@ -51,7 +51,7 @@ def pack(
 
     Args:
         model: a transformers model with zeros in its weights.
-        format: "Bitmask", "NM", "Block" or "Sliced" forces one, without timing; None lets the measurements decide.
+        format: "Bitmask", "NM", "Block", "Sliced" or "Tiled" forces one, without timing; None lets the measurements decide.
         pattern: what the zeros follow ("2:4", "4x1"), for the formats that use it; unstructured by default.
         batch: how many tokens at a time the model will run on.
         kernel: an implementation by name; "auto" takes the fastest there is.

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer
@@ -16,7 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gossamer.core.errors import GossamerError
 from gossamer.models import PACKED
-from gossamer.sites._packed import Files, Packed, Weight, checksum
+from gossamer.sites._packed import Files, Packed, Weight, checksum, stop
 from gossamer.sites._packed_write import for_file, renamed, saved_state, sparse_layers
 from gossamer.sites._sparse_linear import SparseLinear
 
@@ -63,7 +64,7 @@ class GossamerQuantizer(HfQuantizer):  # type: ignore[misc]
             blank = weight.blank(files.of(stored, weight), linear.weight.dtype)
             layer = SparseLinear(blank, linear.bias, transposed=weight.transposed)
             # Until it is loaded: models initialise what they are made of by name, and skip what is marked.
-            layer.weight = linear.weight.detach()
+            layer.register_buffer("weight", torch.empty_like(stop(), device="meta"))
             layer.weight._is_hf_initialized = True  # type: ignore[union-attr]
             model.set_submodule(name, layer)
             self._weights[name] = weight
@@ -100,6 +101,7 @@ class GossamerQuantizer(HfQuantizer):  # type: ignore[misc]
                 del state[f"{name}.{part}"]
             packed = for_file(layer.packed)
             state |= {f"{name}.{part}": tensor for part, tensor in packed.tensors().items()}
+            state[f"{name}.weight"] = stop()
             modules[id(packed.values)] = name, Weight.of(packed, layer.transposed)
         stored = renamed(model, state)
         weights = {}

@@ -1,6 +1,7 @@
 """Packed checkpoints: what is in the files, how small they are, what they load and unpack to, and what is refused."""
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -80,6 +81,17 @@ def test_saving_leaves_the_model_as_it_is(tmp_path: Path) -> None:
     assert not sparse_layers(model)
 
 
+def test_transformers_alone_stops_instead_of_filling_weights_at_random(packed: Path) -> None:
+    code = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(packed)!r}); print('loaded')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "loaded" not in done.stdout
+    assert "mismatch" in (done.stdout + done.stderr).lower()
+    code = f"import gossamer.hf; {code}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "loaded" in done.stdout, done.stderr
+
+
 def test_a_checksum_is_of_dtype_shape_and_bytes() -> None:
     import zlib
 
@@ -88,9 +100,10 @@ def test_a_checksum_is_of_dtype_shape_and_bytes() -> None:
 
 def test_what_is_in_the_files(packed: Path) -> None:
     held, said = tensors(packed), entry(packed)
-    assert {k.rpartition(".")[2] for k in held if k.startswith(UP)} == {"values", "bits"}
+    assert {k.rpartition(".")[2] for k in held if k.startswith(UP)} == {"values", "bits", "weight"}
+    assert held[f"{UP}.weight"].shape == (1,)
     assert said["quant_method"] == "gossamer"
-    assert said["version"] == 1
+    assert said["version"] == 2
     assert said["weights"][UP] == {"format": "Bitmask", "shape": [64, 32], "dtype": "bfloat16"}
     assert said["crc32"] == {name: checksum(tensor) for name, tensor in held.items()}
     assert "sparsity_config" not in (packed / "config.json").read_text()
@@ -303,7 +316,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
         damage(lambda held, said: said["weights"].pop(UP)),
         f"the config has no packed weight {UP}, and the files hold",
     ),
-    "version": (damage(lambda held, said: said.update(version=2)), "has the version 2; this gossamer reads version 1"),
+    "version": (damage(lambda held, said: said.update(version=1)), "has the version 1; this gossamer reads version 2"),
     "format": (damage(weight(format="Zip")), "unknown format 'Zip'; known: Bitmask, Block, NM"),
     "another format": (damage(weight(format="NM", n=2, m=4)), f"the packed weight {UP} has no use for the tensor bits"),
     "shape": (damage(weight(shape=[64, 24])), rf"the packed weight {UP} is \(64, 24\) in its config, and \(64, 32\) in Llama"),
@@ -317,7 +330,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
         damage(weight(module="model.norm")),
         "the config packs model.norm, which is no linear of LlamaForCausalLM",
     ),
-    "method": (damage(lambda held, said: said.update(quant_method="zip")), "weights are missing from its files"),
+    "method": (damage(lambda held, said: said.update(quant_method="zip")), "weights have another shape than its config says"),
 }
 
 

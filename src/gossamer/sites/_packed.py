@@ -2,6 +2,8 @@
 
 The entry ``quantization_config`` of config.json names each packed weight, with its format, and each tensor of the files, with
 its CRC-32. A packed weight's tensors stand in the files under its linear's name: ``layers.0.mlp.up_proj.values``, ``.bits``.
+Beside them stands a ``.weight`` of one entry: transformers without `gossamer.hf`, which would only warn and go on with random
+numbers, stops at its shape.
 """
 
 import zlib
@@ -21,7 +23,7 @@ from gossamer.core.report import read_json
 from gossamer.formats import NM, Bitmask, Block
 from gossamer.models import INDEX, PACKED, check_directory
 
-VERSION = 1
+VERSION = 2
 LAYOUTS: dict[str, type[Format]] = {"Bitmask": Bitmask, "Block": Block, "NM": NM}
 _SIZES: dict[type[Format], tuple[str, str]] = {Block: ("h", "w"), NM: ("n", "m")}
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
@@ -162,17 +164,26 @@ class Packed:
             linear, _, tensor = name.rpartition(".")
             there.setdefault(linear, set()).add(tensor)
         for name, weight in self.weights.items():
-            for tensor in sorted(there.get(name, set()) - {"bias"} ^ set(weight.tensors)):
-                told = "lacks" if tensor in weight.tensors else "has no use for"
+            for tensor in sorted(there.get(name, set()) - {"bias"} ^ {*weight.tensors, "weight"}):
+                told = "lacks" if tensor in {*weight.tensors, "weight"} else "has no use for"
                 raise GossamerError(f"{files}: the packed weight {name} {told} the tensor {tensor}")
             if (dtype := files[f"{name}.values"].dtype) != weight.dtype:
                 raise GossamerError(f"{files}: the values of {name} are {dtype}, and its config says {weight.dtype}")
         for name, tensors in there.items():
-            if "values" in tensors and "weight" not in tensors and name not in self.weights:
+            if "values" in tensors and name not in self.weights and not _has_own_weight(files, name, tensors):
                 raise GossamerError(f"{files}: the config has no packed weight {name}, and the files hold its values")
         for name in files:
             if checksum(files[name]) != self.crc32[name]:
                 raise GossamerError(f"{files}: {name} is damaged: it has another checksum than its config says")
+
+
+def stop() -> Tensor:
+    """Return what stands in files where a packed linear's weight would."""
+    return torch.zeros(1)
+
+
+def _has_own_weight(files: "Files", name: str, tensors: set[str]) -> bool:
+    return "weight" in tensors and files[f"{name}.weight"].shape != stop().shape
 
 
 class Files(Mapping[str, Tensor]):

@@ -16,7 +16,7 @@ from gossamer.core.format import Format, checked
 from gossamer.core.report import read_json
 from gossamer.formats import Bitmask
 from gossamer.models import INDEX, PACKED, PICKLES, quiet
-from gossamer.sites._packed import LAYOUTS, Packed, Weight, checksum, opened
+from gossamer.sites._packed import LAYOUTS, Packed, Weight, checksum, opened, stop
 from gossamer.sites._sparse_linear import SparseLinear
 from gossamer.sites._walk import Target, targets
 
@@ -55,7 +55,7 @@ def write_packed(model: Any, folder: Path) -> None:
             (module, thing), linear = things[id(tensor)], key.rpartition(".")[0]
             packed = _pack(thing)
             weights[linear] = Weight.of(packed, thing.transposed, None if module == linear else module)
-            parts = {f"{linear}.{name}": part for name, part in packed.tensors().items()}
+            parts = {f"{linear}.{name}": part for name, part in [*packed.tensors().items(), ("weight", stop())]}
         for name, part in parts.items():
             crc32[name] = checksum(part)
             shards.add(name, part)
@@ -80,7 +80,7 @@ def write_dense(source: Path, folder: Path) -> None:
     for name in files:
         linear, _, tensor = name.rpartition(".")
         weight = packed.weights.get(linear)
-        if weight is None or tensor not in weight.tensors:
+        if weight is None or tensor not in (*weight.tensors, "weight"):
             shards.add(name, files[name])
         elif tensor == "values":  # stands for the rest
             try:

@@ -11,6 +11,7 @@ from gossamer.forecast import plan
 from gossamer.models import load
 from gossamer.scores import RIA, Gradient, Magnitude, Random, Wanda
 from gossamer.sites.checkpoint import prune_checkpoint, save, unpack_checkpoint
+from gossamer.sites.holding import hold
 from gossamer.sites.packing import pack, unpack
 from gossamer.sites.weights import prune
 from gossamer.solvers import Mask, SparseGPT
@@ -43,6 +44,7 @@ __all__ = [
     "Unstructured",
     "Wanda",
     "bench",
+    "hold",
     "load",
     "pack",
     "plan",

@@ -172,6 +172,20 @@ def test_gradients_written_by_hand_do_not_reach_the_state(pruned: Any) -> None:
         assert all(int(value[before[n]].count_nonzero()) == 0 for value in entries_of_state(optimizer, p))
 
 
+def test_gradients_that_a_closure_makes_within_the_step_do_not_reach_the_state(pruned: Any) -> None:
+    before, optimizer = zeros(pruned), torch.optim.SGD(pruned.parameters(), lr=0.1, momentum=0.9)
+    gossamer.hold(pruned, optimizer)
+
+    def closure() -> Tensor:
+        loss = loss_of(pruned)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    for n, p in linears(pruned).items():
+        assert int(optimizer.state[p]["momentum_buffer"][before[n]].count_nonzero()) == 0
+
+
 def test_what_stands_in_the_state_is_masked(pruned: Any) -> None:
     optimizer = torch.optim.SGD(pruned.parameters(), lr=0.1, momentum=0.9)
     train(pruned, optimizer)
@@ -321,6 +335,15 @@ def test_weights_of_nothing_but_zeros_and_dense_ones_are_free(pruned: Any) -> No
     assert repr(gossamer.hold(pruned, optimizer)) == "Hold(12 weights, sparsity 0.5000, AdamW, step 0)"
     train(pruned, optimizer)
     assert int((layer.self_attn.o_proj.weight == 0).sum()) == 0
+
+
+def test_targets_are_named_as_in_prune(pruned: Any) -> None:
+    optimizer = torch.optim.AdamW(pruned.parameters())
+    assert len(gossamer.hold(pruned, optimizer, targets="*.mlp.*").check().weights) == 6
+    with pytest.raises(GossamerError, match="none of the 1 weights has zeros"):
+        gossamer.hold(pruned, optimizer, targets="lm_head")
+    gossamer.prune(pruned, "Magnitude", "2:4", targets="lm_head")
+    assert gossamer.hold(pruned, optimizer, targets="lm_head").check().totals["weights"] == 1
 
 
 def test_two_optimizers_are_held_each(pruned: Any) -> None:

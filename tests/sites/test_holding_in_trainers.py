@@ -13,7 +13,7 @@ from torch import nn
 import gossamer
 from gossamer.core.errors import GossamerError
 from tests.sites.families import causal, ids
-from tests.sites.test_holding import linears, lost, train, zeros
+from tests.sites.test_holding import linears, loss_of, lost, train, zeros
 
 
 @pytest.fixture
@@ -126,6 +126,8 @@ def ddp(rank: int, folder: str) -> None:
         held = gossamer.hold(wrapped, optimizer)
         train(wrapped, optimizer, first=10 * rank)
         assert lost(model, before) == 0
+        loss_of(wrapped).backward()
+        assert not any(int(p.grad[before[name]].count_nonzero()) for name, p in linears(model).items())
         assert held.check().totals["sparsity"] == 0.5
         assert all(name in before for name in held.state_dict()["masks"])
         held.release()
@@ -157,6 +159,8 @@ def fsdp(rank: int, folder: str) -> None:
     held = gossamer.hold(model, optimizer)
     train(model, optimizer, 2, first=10 * rank)
     assert gone(model) == 0
+    loss_of(model).backward()
+    assert not any(int(p.grad.full_tensor()[before[name]].count_nonzero()) for name, p in linears(model).items())
     rows = {row["name"]: (row["shape"], row["nnz"]) for row in held.check().weights}
     assert rows == {name: ([*mask.shape], int((~mask).sum())) for name, mask in before.items()}  # of both ranks together
     for name, p in linears(model).items():
@@ -177,9 +181,12 @@ def fsdp(rank: int, folder: str) -> None:
     with pytest.raises(GossamerError, match="14 of 14 held weights lost zeros"):
         held.check()
 
-    early = prune_llama()  # held before it is sharded: there is nothing that an optimizer would train
-    with pytest.raises(GossamerError, match=r"updates none of the 14 pruned weights.* after fully_shard"):
-        gossamer.hold(sharded(early), torch.optim.AdamW(prune_llama().parameters()))
+    early = prune_llama()
+    optimizer = torch.optim.AdamW(early.parameters())
+    gossamer.hold(early, optimizer)
+    optimizer.param_groups[0]["params"] = list(sharded(early).parameters())  # as accelerator.prepare does
+    with pytest.raises(GossamerError, match=r"no longer updates model.layers.0.self_attn.q_proj.weight"):
+        optimizer.step()
 
 
 def process(rank: int, work: Callable[[int, str], None], folder: str) -> None:

@@ -111,7 +111,7 @@ class Hold:
         if lost:
             shown = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
             raise GossamerError(
-                f"{len(lost)} of {len(rows)} held weights lost zeros: {shown}; something besides the held optimizer wrote them"
+                f"{len(lost)} of {len(rows)} held weights lost zeros: {shown}; they are NaN, or something else wrote them"
             )
         recipe = {**self._recipe, "steps": self._steps}
         return Report(kind="hold", recipe=recipe, model=describe(self._model), weights=rows)

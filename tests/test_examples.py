@@ -62,3 +62,22 @@ def test_pack_and_generate(
     run("pack_and_generate.py", monkeypatch, tiny_dir, tmp_path / "out")
     assert "writes what the dense one does: True" in capsys.readouterr().out
     assert (tmp_path / "out" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["finetune_plain.py", "finetune_trainer.py"])
+def test_finetune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    assert len((EXAMPLES / name).read_text(encoding="utf-8").splitlines()) <= 30
+    run(name, monkeypatch)
+    entries = 2 * (4 * 64 * 64 + 3 * 64 * 128)
+    assert f"hold: 14 weights, {entries // 2:,} of {entries:,} entries kept" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore")  # TRL has warnings of its own, by the release
+def test_finetune_trl(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny_dir: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("trl")
+    (tmp_path / "prose.txt").write_text("The spider spins a thin thread.\n" * 64)
+    run("finetune_trl.py", monkeypatch, tiny_dir, tmp_path / "prose.txt")
+    assert "hold: 14 weights" in capsys.readouterr().out
+    assert len((EXAMPLES / "finetune_trl.py").read_text(encoding="utf-8").splitlines()) <= 30

@@ -12,6 +12,7 @@ from gossamer.models import load
 from gossamer.scores import RIA, Gradient, Magnitude, Random, Wanda
 from gossamer.sites.checkpoint import prune_checkpoint, save, unpack_checkpoint
 from gossamer.sites.distilling import distill
+from gossamer.sites.holding import hold
 from gossamer.sites.packing import pack, unpack
 from gossamer.sites.weights import prune
 from gossamer.solvers import Mask, SparseGPT
@@ -45,6 +46,7 @@ __all__ = [
     "Wanda",
     "bench",
     "distill",
+    "hold",
     "load",
     "pack",
     "plan",

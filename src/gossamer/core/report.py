@@ -87,9 +87,9 @@ class Report:
 
     def __str__(self) -> str:
         total = self.totals
-        method, pattern = self.recipe.get("method"), self.recipe.get("pattern")
+        what = f"{self.recipe['method']} {self.recipe.get('pattern')}" if "method" in self.recipe else self.kind
         return (
-            f"{method} {pattern}: {total['weights']} weights, {total['nnz']:,} of {total['entries']:,} entries kept, "
+            f"{what}: {total['weights']} weights, {total['nnz']:,} of {total['entries']:,} entries kept, "
             f"sparsity {total['sparsity']:.4f}, {self.seconds.get('total', 0):.1f} s"
         )
 

@@ -23,9 +23,9 @@ def distill(
 ) -> "Distill":
     """Return the loss L = task · CE + logits · T² KL(teacher ‖ student) + hidden · Σₗ ‖hₗ − hₗᵗ‖² / ‖hₗᵗ‖² (SquareHead).
 
-    The sum is over blocks, hₗ what the l-th puts out; the divergence is of the softmax of logits / T. Both are means over the
-    tokens whose next one has a label, or is attended to where there are no labels. The teacher runs on the student's inputs, on
-    its own device (accelerate may offload it) and without gradients.
+    The sum is over blocks, hₗ what the l-th puts out (the last, after the final norm); the divergence is of the softmax of
+    logits / T. Both are means over the tokens whose next one has a label, or is attended to where there are no labels. The
+    teacher runs on the student's inputs, on its own device (accelerate may offload it) and without gradients.
 
     Args:
         student: a transformers model, before it is wrapped or compiled.

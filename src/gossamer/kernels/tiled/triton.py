@@ -18,7 +18,7 @@ from gossamer.kernels.tiled._ptx import column, fill, four, load, multiply, one,
 
 ROWS, COLUMNS, SHARE = tl.constexpr(layout.ROWS), tl.constexpr(layout.COLUMNS), tl.constexpr(layout.SHARE)
 WARPS = tl.constexpr(4)
-WARPS32 = tl.constexpr(2)  # where entries are of 32 bits: columns are twice as deep, and the memory has an end
+WARPS32 = 2  # where entries are of 32 bits: columns are twice as deep, and the memory has an end
 STEPS = tl.constexpr(layout.COLUMNS // 32)
 RESIDENT = 7  # programs that a multiprocessor runs at a time
 REGISTERS = 72  # of a thread, so that it can
@@ -33,14 +33,15 @@ def product(x: Tensor, values: Tensor, bits: Tensor, begins: Tensor, levels: int
     levels = -(-levels // 4) * 4  # few different ones, each of which is compiled
     with torch.cuda.device(x.device):
         half = values.itemsize == 2
-        warps = (WARPS if half else WARPS32).value
+        warps = WARPS.value if half else WARPS32
         # All programs run at a time: another few, after the others, would take as long as these.
         count = max(1, min(-(-across // warps), RESIDENT * multiprocessors(x.device) // down))
         if len(x) > FEW or x.dtype != values.dtype or not half:
             wide = -(-columns // 8) * 8  # whole stores
             dense = torch.empty(out, wide, dtype=values.dtype, device=x.device)
-            expand = _expand if half else _expand32
-            expand[(down, count)](dense, bits, values, begins, out, wide, across, levels, num_warps=warps, maxnreg=REGISTERS)
+            _expand[(down, count)](
+                dense, bits, values, begins, out, wide, across, levels, warps, num_warps=warps, maxnreg=REGISTERS
+            )
             both = torch.promote_types(x.dtype, values.dtype)
             return torch.nn.functional.linear(x.to(both), dense[:, :columns].to(both)).to(x.dtype)
         few = len(x) <= 16  # for more there are more sums than registers
@@ -125,9 +126,21 @@ def _multiply(
         tl.store(y + to, summed.to(y.dtype.element_ty), mask=(row < out) & (b < batch))
 
 
+@triton.jit
+def _half_byte(place, at, mask, i: tl.constexpr, half: tl.constexpr):
+    """Return four columns of the i-th byte of a lane's mask, entries of 32 bits, and how far the lane is then."""
+    found = ()
+    for j in tl.static_range(4):
+        bit = (mask[i // 4] >> (8 * (i % 4) + 4 * half + j)) & 1
+        found += (one(place + at, bit),)
+        at += bit * 128
+    return found[0], found[1], found[2], found[3], at
+
+
 @triton.jit(do_not_specialize=["out", "across"])
-def _expand(dense, bits, values, begins, out, columns, across, LEVELS: tl.constexpr):
+def _expand(dense, bits, values, begins, out, columns, across, LEVELS: tl.constexpr, WARPS: tl.constexpr):
     """One row of blocks, some of its blocks: made dense."""
+    HALVES: tl.constexpr = values.dtype.element_ty.primitive_bitwidth // 16  # stores of 16 bytes that eight columns take
     thread = tl.arange(0, 32 * WARPS)
     warp, lane = thread // 32, thread % 32
     g, t = lane // 4, lane % 4
@@ -146,38 +159,11 @@ def _expand(dense, bits, values, begins, out, columns, across, LEVELS: tl.conste
         wait(lane)
         at = tl.zeros([32 * WARPS], tl.int32)
         for i in tl.static_range(2 * STEPS):
-            a, b, c, d, at = _eight(place, at, mask, i, table)
             inside = (row + i % 2 * 8 < out) & (here + i // 2 * 32 + t * 8 < columns)
-            store((to + (i % 2 * 8) * columns + (here + i // 2 * 32)).to(tl.int64), a, b, c, d, inside.to(tl.int32))
-
-
-@triton.jit(do_not_specialize=["out", "across"])
-def _expand32(dense, bits, values, begins, out, columns, across, LEVELS: tl.constexpr):
-    """The same for entries of 32 bits, one to a word."""
-    thread = tl.arange(0, 32 * WARPS32)
-    warp, lane = thread // 32, thread % 32
-    g, t = lane // 4, lane % 4
-    group, turn = tl.program_id(0), WARPS32 * tl.num_programs(1)
-    place, _ = column(LEVELS, WARPS32)
-    row = group * ROWS + g
-    to = dense + row.to(tl.int64) * columns + t * 8
-    k = tl.program_id(1) * WARPS32 + warp
-    m0, m1, m2, m3, begin = _block(bits, begins, group, k, across, lane)
-    for _ in range(tl.program_id(1) * WARPS32, across, turn):
-        mask = (m0, m1, m2, m3)
-        _fill(place, values, begin, m0, m1, m2, m3, lane)
-        here = k * COLUMNS
-        k += turn
-        m0, m1, m2, m3, begin = _block(bits, begins, group, k, across, lane)
-        wait(lane)
-        next = place
-        for i in tl.static_range(2 * STEPS):
-            inside = (row + i % 2 * 8 < out) & (here + i // 2 * 32 + t * 8 < columns)
-            for half in tl.static_range(2):
-                found = ()
-                for j in tl.static_range(4):
-                    bit = (mask[i // 4] >> (8 * (i % 4) + 4 * half + j)) & 1
-                    found += (one(next, bit),)
-                    next += bit * 128
+            for half in tl.static_range(HALVES):
+                if HALVES == 1:
+                    a, b, c, d, at = _eight(place, at, mask, i, table)
+                else:
+                    a, b, c, d, at = _half_byte(place, at, mask, i, half)
                 address = to + (i % 2 * 8) * columns + (here + i // 2 * 32 + 4 * half)
-                store(address.to(tl.int64), found[0], found[1], found[2], found[3], inside.to(tl.int32))
+                store(address.to(tl.int64), a, b, c, d, inside.to(tl.int32))

@@ -1,6 +1,9 @@
 """The table of measured products: what it asks for, what it keeps, and that it refuses to time a wrong product."""
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,7 @@ import torch
 from gossamer import NM, Block, Unstructured
 from gossamer.core.errors import GossamerError
 from gossamer.formats import Bitmask
-from gossamer.timing import FORMATS, Product, Table, candidates, measure, rounded, seconds
+from gossamer.timing import FORMATS, Product, Table, candidates, crowded, measure, of_others, rounded, seconds
 
 CPU = torch.device("cpu")
 SMALL = Product(32, 64, "float32", 1)
@@ -64,6 +67,41 @@ def test_entries_are_kept_and_forgotten(tmp_path: Path, monkeypatch: pytest.Monk
     assert again.missing([SMALL]) == []
     assert again.forget() == 1
     assert Table(path=tmp_path / "t.json").missing([SMALL]) == [SMALL]
+
+
+def test_what_is_measured_beside_other_work_does_not_decide_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gossamer.timing.crowded", lambda others, wall: True)
+    table = Table(path=tmp_path / "t.json")
+    assert table[SMALL]["beside"]
+    assert table.missing([SMALL]) == []  # for this table it has been measured
+    assert Table(path=tmp_path / "t.json").missing([SMALL]) == [SMALL]
+    monkeypatch.setattr("gossamer.timing.crowded", lambda others, wall: False)
+    table = Table(path=tmp_path / "t.json")
+    assert "beside" not in table[SMALL]
+    assert Table(path=tmp_path / "t.json").missing([SMALL]) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the count of other processes' time is Linux's")
+def test_other_processes_are_seen_and_our_own_work_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def share(seconds: float) -> float:
+        begin, before = time.perf_counter(), of_others()
+        while time.perf_counter() - begin < seconds:
+            pass
+        return (of_others() - before) / (time.perf_counter() - begin)
+
+    alone = share(0.5)
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+        time.sleep(0.3)
+        beside = share(0.5)
+        busy.kill()
+    assert beside > alone + 0.3
+
+
+def test_cores_to_spare_are_no_crowd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: torch.get_num_threads() + 2)
+    assert not crowded(2.0, 1.0)
+    assert crowded(2.5, 1.0)
+    assert not crowded(0.09, 0.01)  # too little to be told from the count's steps
 
 
 def test_other_devices_entries_stay(tmp_path: Path) -> None:

@@ -178,6 +178,8 @@ def _judge(
         best = max(ratios, key=lambda name: (min(ratios[name]) > 1, statistics.geometric_mean(ratios[name])))
         by_batch = dict(zip(batch, ratios[best], strict=True))
         told = ", ".join(f"{r:.2f}x at batch {b}" for b, r in by_batch.items())
+        if any(table[p].get("beside") for name in ("dense", best) for p in products(target, name)):
+            told += ", beside other work on this machine: it will be measured again"
         pays = min(ratios[best]) > 1
         verdicts[target.name] = Verdict(best if pays else None, by_batch, f"{best} measured {told}")
     return verdicts

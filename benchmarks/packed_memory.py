@@ -1,9 +1,11 @@
 """Peak memory of a packed model, loaded and decoding, against its packed bytes, measured in a process of its own.
 
     python benchmarks/packed_memory.py --config llama-1b --sparsity 0.5,0.9
+    python benchmarks/packed_memory.py --config llama-8b --sparsity 0.5,0.7,0.9 --device cuda
 
-The peak counts (Linux) from after a tiny packed model of the same family was loaded and decoded, so that what any model brings
-in, transformers' code of the family before all, is not counted: it is shown beside. Cache and logits are computed.
+On the CPU it is the resident set (Linux), on a GPU what torch has allocated there. The peak counts from after a tiny packed
+model of the same family was loaded and decoded, so that what any model brings in, transformers' code of the family before all,
+is not counted: it is shown beside. Cache and logits are computed.
 """
 
 import argparse
@@ -25,17 +27,24 @@ from gossamer.speed import mask_at_random
 TOKENS = 16  # of the prompt, and as many decoded
 
 
-def memory(line: str) -> int:
-    """Return a line of this process's status in bytes: VmRSS now, or VmHWM, its peak since it was last reset."""
+def memory(line: str, device: str) -> int:
+    """Return a line of this process's status in bytes: VmRSS now, or VmHWM, its peak since it was last reset; or the GPU's."""
+    if device != "cpu":
+        return torch.cuda.memory_allocated() if line == "VmRSS" else torch.cuda.max_memory_allocated()
     found = next(text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith(line))
     return int(found.split()[1]) * 1024
 
 
-def restart() -> int:
-    """Hand freed memory back, let the peak count from now, and return what is resident."""
+def restart(device: str) -> int:
+    """Hand freed memory back, let the peak count from now, and return what is there."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return memory("VmRSS", device)
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    return memory("VmRSS")
+    return memory("VmRSS", device)
 
 
 def tiny(config: Any) -> Any:
@@ -44,21 +53,22 @@ def tiny(config: Any) -> Any:
     return type(config)(**{**config.to_dict(), **small, "num_key_value_heads": 1, "vocab_size": 512})
 
 
-def inside(folder: str) -> None:
+def inside(folder: str, device: str) -> None:
     """Load, decode `TOKENS` tokens, and print what that took."""
     import transformers  # noqa: F401
 
     import gossamer.hf
     from gossamer.kernels.bitmask import cpu  # noqa: F401
 
-    bare = restart()
-    list(greedy(gossamer.load(Path(folder, "tiny")), torch.arange(TOKENS)[None], TOKENS))
-    before = restart()
-    model = gossamer.load(Path(folder, "packed"))
-    loaded = memory("VmHWM") - before
-    restart()
-    list(greedy(model, torch.arange(TOKENS)[None], TOKENS))
-    peak = memory("VmHWM") - before
+    prompt = torch.arange(TOKENS, device=device)[None]
+    bare = restart(device)
+    list(greedy(gossamer.load(Path(folder, "tiny"), device=device), prompt, TOKENS))
+    before = restart(device)
+    model = gossamer.load(Path(folder, "packed"), device=device)
+    loaded = memory("VmHWM", device) - before
+    restart(device)
+    list(greedy(model, prompt, TOKENS))
+    peak = memory("VmHWM", device) - before
     config = model.config
     cache = 2 * config.num_hidden_layers * 2 * TOKENS * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
     beside = cache + config.vocab_size * model.dtype.itemsize
@@ -71,10 +81,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", default="llama-1b")
     parser.add_argument("--sparsity", default="0.5,0.7,0.9")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--inside", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.inside:
-        inside(args.inside)
+        inside(args.inside, args.device)
         return
     print(
         "| model | sparsity | dense | packed | cache and logits | libraries | peak while loading | and decoding | over packed |"
@@ -90,7 +101,7 @@ def main() -> None:
             mask_at_random(model, sparsity)
             gossamer.save(model, Path(folder, "tiny"), packed=True)
             del model
-            command = [sys.executable, __file__, "--inside", folder]
+            command = [sys.executable, __file__, "--inside", folder, "--device", args.device]
             found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         sizes = dense, *(found[name] for name in ("weights", "beside", "libraries", "loading", "decoding"))
         cells = [f"{n / 1e9:.3f} GB" for n in sizes]

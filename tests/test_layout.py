@@ -27,6 +27,9 @@ BELOW = {
     **dict.fromkeys(METHODS, LOWEST),
     **dict.fromkeys(MODELS, METHODS | LOWEST | MODELS | {"hf"}),
     "sites": METHODS | LOWEST | MODELS | {"hf"},
+    "adapters": METHODS | LOWEST | MODELS | {"sites"},
+    "tuners": METHODS | LOWEST | MODELS | {"sites", "adapters", "hf"},
+    "tuning": METHODS | LOWEST | MODELS | {"sites", "tuners"},
     "recipe": METHODS | LOWEST | MODELS | {"sites"},
 }
 ALONE = METHODS  # the files (or folders) in these do not import one another

@@ -7,6 +7,7 @@ from gossamer.core.schedule import Constant, Cosine, Cubic, Linear
 from gossamer.core.score import Score
 from gossamer.core.solver import Solver
 from gossamer.core.stats import Stats
+from gossamer.core.tuner import Tuner, Tuning
 from gossamer.forecast import plan
 from gossamer.models import load
 from gossamer.scores import RIA, Gradient, Magnitude, Random, Wanda
@@ -17,6 +18,8 @@ from gossamer.sites.packing import pack, unpack
 from gossamer.sites.weights import prune
 from gossamer.solvers import Mask, SparseGPT
 from gossamer.speed import bench
+from gossamer.tuners import Full
+from gossamer.tuning import tune
 
 __version__ = "0.1.0"
 
@@ -28,6 +31,7 @@ __all__ = [
     "Constant",
     "Cosine",
     "Cubic",
+    "Full",
     "GossamerError",
     "Gradient",
     "Linear",
@@ -42,6 +46,8 @@ __all__ = [
     "Stats",
     "Threshold",
     "TopK",
+    "Tuner",
+    "Tuning",
     "Unstructured",
     "Wanda",
     "bench",
@@ -53,6 +59,7 @@ __all__ = [
     "prune",
     "prune_checkpoint",
     "save",
+    "tune",
     "unpack",
     "unpack_checkpoint",
 ]

@@ -93,11 +93,11 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     for sparsity in map(float, args.sparsity.split(",")):
         with tempfile.TemporaryDirectory() as folder:
-            model = random_model(config_of(args.config), torch.bfloat16)
+            model = random_model(config_of(args.config), torch.bfloat16, args.device)
             dense = sum(p.nbytes for p in model.parameters())
             mask_at_random(model, sparsity)
             gossamer.save(model, Path(folder, "packed"), packed=True)
-            model = random_model(tiny(config_of(args.config)), torch.bfloat16)
+            model = random_model(tiny(config_of(args.config)), torch.bfloat16, args.device)
             mask_at_random(model, sparsity)
             gossamer.save(model, Path(folder, "tiny"), packed=True)
             del model

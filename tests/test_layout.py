@@ -30,6 +30,7 @@ BELOW = {
     "adapters": METHODS | LOWEST | MODELS | {"sites"},
     "tuners": METHODS | LOWEST | MODELS | {"sites", "adapters", "hf"},
     "tuning": METHODS | LOWEST | MODELS | {"sites", "tuners"},
+    "recovering": METHODS | LOWEST | MODELS | {"sites", "tuning", "tuners"},
     "recipe": METHODS | LOWEST | MODELS | {"sites"},
 }
 ALONE = METHODS  # the files (or folders) in these do not import one another

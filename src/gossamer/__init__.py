@@ -10,6 +10,7 @@ from gossamer.core.stats import Stats
 from gossamer.core.tuner import Tuner, Tuning
 from gossamer.forecast import plan
 from gossamer.models import load
+from gossamer.recovering import recover
 from gossamer.scores import RIA, Gradient, Magnitude, Random, Wanda
 from gossamer.sites.checkpoint import prune_checkpoint, save, unpack_checkpoint
 from gossamer.sites.distilling import distill
@@ -58,6 +59,7 @@ __all__ = [
     "plan",
     "prune",
     "prune_checkpoint",
+    "recover",
     "save",
     "tune",
     "unpack",

@@ -52,6 +52,18 @@ def tune(
     >>> float((tuning.finish().model.layers[0].mlp.up_proj.weight == 0).float().mean())
     0.5
     """
+    chosen, shape, fraction = checked(method, pattern, sparsity, steps)
+    return chosen.start(model, How(steps, shape, fraction, targets, teacher))
+
+
+def checked(
+    method: str | Tuner, pattern: str | Pattern | None, sparsity: float | None, steps: int
+) -> tuple[Tuner, Pattern | None, float | None]:
+    """Read what `tune` is asked for, and return the tuner, the pattern and its sparsity.
+
+    Raises:
+        GossamerError: as `tune`, as far as it shows without a model.
+    """
     chosen = tuner_of(method)
     shape = pattern_of(pattern) if pattern is not None else None
     if steps < 1:
@@ -59,12 +71,11 @@ def tune(
     if chosen.chooses and shape is None:
         raise GossamerError(f"{show(chosen)} chooses the mask: say by which pattern, such as 2:4")
     if not chosen.chooses and (shape is not None or sparsity is not None):
-        raise GossamerError(f"{show(chosen)} keeps the zeros that are there: leave pattern= and sparsity= out")
+        raise GossamerError(f"{show(chosen)} keeps the zeros that are there: leave pattern and sparsity out")
     if shape is not None and not isinstance(shape, chosen.patterns):
         known = ", ".join(p.__name__ for p in chosen.patterns)
         raise GossamerError(f"{show(chosen)} is defined for the patterns {known}, not for {shape}")
-    fraction = shape.resolve(sparsity) if shape is not None else None
-    return chosen.start(model, How(steps, shape, fraction, targets, teacher))
+    return chosen, shape, shape.resolve(sparsity) if shape is not None else None
 
 
 def tuner_of(method: str | Tuner) -> Tuner:

@@ -239,3 +239,23 @@ def test_measured_speed_is_drawn_with_the_rows_that_lose() -> None:
     assert "Dense 11.12, 20 tokens/s" in drawn
     assert drawn.count('scope="col">Tokens/s') == 1
     assert 'data-chart="trade"' not in page([compare(prune("Wanda"))])
+
+
+def test_training_is_drawn_beside_what_it_began_with(tmp_path: Path) -> None:
+    recovered = prune("MaskLoRA(rank=8)", perplexity=14.5)
+    recovered |= {"kind": "recover", "training": {"losses": [3.0, None, 2.0], "before": 20.5, "dense": 11.125, "rounded": 0}}
+    recovered["recipe"] |= {"pruned_by": "Wanda", "source": "tiny", "steps": 3}
+    text = page([recovered])
+    names = [(row[0], row[3]) for row in rows(text)]
+    assert names == [("Dense", "11.12"), ("Wanda", "20.50"), ("Wanda → MaskLoRA(rank=8)", "lowest14.50")]
+    assert "Loss: Wanda → MaskLoRA(rank=8), first 3.00; Wanda → MaskLoRA(rank=8), last 2.00." in text
+    assert 'data-chart="loss"' not in page([prune("Wanda")])
+    loss = dict(drawn(text, tmp_path))["loss"]
+    assert count('<g class="trace scatter', loss) == 1
+
+
+def test_training_that_was_not_evaluated_is_drawn() -> None:
+    recovered = prune("Full", perplexity=None)
+    recovered |= {"kind": "recover", "training": {"losses": [3.0, 2.0], "rounded": 0}}
+    recovered["recipe"] |= {"pruned_by": None, "pattern": None}
+    assert [(row[0], row[1]) for row in rows(page([recovered]))] == [("Full", "as it came")]

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from gossamer.core.errors import GossamerError
 
@@ -48,6 +49,29 @@ def publish(finished: Path, target: Path) -> None:
     except OSError as error:
         raise cannot_write(target, error) from error
     shutil.rmtree(finished, ignore_errors=True)
+
+
+def lock(folder: Path, out: Path) -> IO[bytes]:
+    """Make a folder and return its lock file, locked; the system unlocks it when the process ends, however that is.
+
+    Raises:
+        GossamerError: another process holds it, working on ``out``.
+    """
+    import fcntl
+
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / "lock", "wb")  # noqa: SIM115 (open as long as the run)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
+                return file
+        except BlockingIOError:
+            file.close()
+            raise GossamerError(f"another run is writing {out} now; wait for it to end, or give another directory") from None
+        except FileNotFoundError:  # the run that held it has just ended and removed it
+            pass
+        file.close()
 
 
 def cannot_write(path: Path, error: OSError) -> GossamerError:

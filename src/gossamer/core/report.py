@@ -32,6 +32,8 @@ class Report:
         evaluation: perplexity, tokens, seqlen, where the result was evaluated.
         speed: where decoding was measured, dense and packed in one run: batch, context, dense and packed (seconds a step),
             ratio, dense_bytes and bytes (of the whole model in memory), said (what was packed, in one sentence).
+        training: where it was trained: losses (a number a step, None where not finite), trainable (parameters), rounded (kept
+            weights that became zero), before and dense (perplexities on the text of ``evaluation``).
     """
 
     kind: str
@@ -43,6 +45,7 @@ class Report:
     environment: dict[str, Any] = field(default_factory=lambda: environment())
     evaluation: dict[str, Any] | None = None
     speed: dict[str, Any] | None = None
+    training: dict[str, Any] | None = None
 
     @property
     def totals(self) -> dict[str, Any]:

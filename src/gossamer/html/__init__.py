@@ -27,7 +27,7 @@ def page(documents: list[dict[str, Any]], title: str | None = None) -> str:
     """Draw reports as one HTML page that opens offline.
 
     Args:
-        documents: JSON objects of kind "prune" (`Report.to_json`) or "compare", in any mixture.
+        documents: JSON objects of kind "prune" or "recover" (`Report.to_json`), or "compare", in any mixture.
         title: the page's heading; None for the name of the model.
 
     Returns:
@@ -71,7 +71,7 @@ def page(documents: list[dict[str, Any]], title: str | None = None) -> str:
 
 @dataclass
 class Run:
-    """One prune report as the page shows it; every field the page needs is read here, so that a bad document fails here."""
+    """One report as the page shows it; every field the page needs is read here, so that a bad document fails here."""
 
     report: Report
     name: str
@@ -88,9 +88,9 @@ class Run:
         asked = recipe.get("sparsity")
         return cls(
             report,
-            name=str(recipe["method"]).removesuffix("()"),
+            name=" → ".join(filter(None, [recipe.get("pruned_by"), str(recipe["method"]).removesuffix("()")])),
             # Methods compare within a row or over the tensor, each as its paper does: one group here; the recipe tells.
-            pattern=re.sub(r"^Unstructured\(.*\)$", "Unstructured", str(recipe["pattern"])),
+            pattern=re.sub(r"^Unstructured\(.*\)$", "Unstructured", str(recipe["pattern"] or "as it came")),
             level=round(totals["sparsity"], 4) if asked is None else float(asked),
             totals=totals,
             perplexity=_finite((report.evaluation or {}).get("perplexity")),
@@ -143,10 +143,13 @@ class Study:
 
 def _read(document: Any, place: int) -> Study:
     kind = document.get("kind") if isinstance(document, dict) else None
-    if kind not in ("prune", "compare"):
-        raise GossamerError(f"document {place} is not a gossamer report: its kind is {kind!r}, not 'prune' or 'compare'")
+    if kind not in READERS:
+        known = ", ".join(map(repr, READERS))
+        raise GossamerError(
+            f"document {place} is not a gossamer report that can be drawn: its kind is {kind!r}, not one of {known}"
+        )
     try:
-        return _read_prune(document) if kind == "prune" else _read_compare(document)
+        return READERS[kind](document)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise GossamerError(f"document {place} is not a gossamer report of kind {kind!r}: {what}") from None
@@ -157,6 +160,24 @@ def _read_prune(document: dict[str, Any]) -> Study:
     return Study(run.report.model, _protocol(run.report.evaluation), [], [run], _command(run.report.recipe))
 
 
+def _read_recover(document: dict[str, Any]) -> Study:
+    """One run of training, after a row for the model that it began with, where that was evaluated."""
+    run = Run.read(document)
+    report, trained = run.report, run.report.training or {}
+    runs, evaluation = [run], report.evaluation
+    if evaluation and trained.get("before") and report.recipe.get("pruned_by"):
+        keys = ("method", "pattern", "sparsity")
+        recipe = dict(zip(keys, (report.recipe[k] for k in ("pruned_by", "pattern", "sparsity")), strict=True))
+        recipe["command"] = None
+        was = {**document, "kind": "prune", "recipe": recipe, "seconds": {}, "peak_bytes": {}, "training": None, "speed": None}
+        runs = [Run.read({**was, "evaluation": {**evaluation, "perplexity": trained["before"]}}), run]
+    dense = []
+    if evaluation and trained.get("dense"):
+        dense = [{**evaluation, "perplexity": trained["dense"], "seconds": None, "environment": report.environment}]
+        dense[0]["bytes"] = report.model["bytes"]
+    return Study(report.model, _protocol(evaluation), dense, runs, _command(report.recipe))
+
+
 def _read_compare(document: dict[str, Any]) -> Study:
     environment = document.get("environment", {})
     runs = [Run.read({"environment": environment, **value}) for value in document["runs"]]
@@ -165,6 +186,9 @@ def _read_compare(document: dict[str, Any]) -> Study:
     if evaluation:
         evaluation = {**evaluation, "data": document["data"]["evaluation"]}
     return Study(dict(document["model"]), _protocol(evaluation), dense, runs, _command(document))
+
+
+READERS = {"prune": _read_prune, "recover": _read_recover, "compare": _read_compare}
 
 
 def _protocol(evaluation: dict[str, Any] | None) -> dict[str, Any] | None:

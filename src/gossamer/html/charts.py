@@ -49,6 +49,7 @@ def draw(runs: Sequence["Run"], dense: float | None, colours: dict[str, str], pr
     return [
         _quality(runs, dense, colours, f"{prefix}-quality"),
         *([_trade(runs, dense, colours, f"{prefix}-trade")] if any(run.report.speed for run in runs) else []),
+        *([_loss(runs, colours, f"{prefix}-loss")] if any(run.report.training for run in runs) else []),
         _size(runs, f"{prefix}-size"),
         _time(runs, f"{prefix}-time"),
         _layers(runs, f"{prefix}-layers"),
@@ -180,6 +181,30 @@ def _trade(runs: Sequence["Run"], dense: float | None, colours: dict[str, str], 
     )
     told = [(f"{run.name} at {run.setting}", f"{number(run.perplexity)} at {_short(run.rate or 0)} tokens/s") for run in drawn]
     return Chart("trade", title, note, (Panel("", _alt("Perplexity and speed", told), _html(figure, prefix, 380)),), tuple(key))
+
+
+def _loss(runs: Sequence["Run"], colours: dict[str, str], prefix: str) -> Chart:
+    """The loss of each step of training; a run's line is broken where it was not finite."""
+    trained = [(run, run.report.training["losses"]) for run in runs if run.report.training]
+    figure, key, points = go.Figure(), [], []
+    settings = list(dict.fromkeys(run.setting for run, _ in trained))
+    for run, losses in trained:
+        dash, _, _ = STYLES[settings.index(run.setting) % len(STYLES)]
+        look = {"color": colours[run.name], "dash": dash, "width": 2}
+        steps = list(range(1, len(losses) + 1))
+        figure.add_trace(
+            go.Scatter(
+                name=escape(run.name), x=steps, y=losses, mode="lines", line=look, hovertemplate="step %{x}<br>loss %{y:.4g}"
+            )
+        )
+        label = f"{run.name} · {run.setting}" if len(settings) > 1 else run.name
+        key.append((label, colours[run.name], "━"))
+        finite = [loss for loss in losses if loss is not None]
+        points += [(f"{label}, first", number(finite[0])), (f"{label}, last", number(finite[-1]))] if finite else []
+    figure.update_xaxes(title="Optimizer step", rangemode="tozero")
+    figure.update_yaxes(title="Loss", rangemode="tozero")
+    note = "The loss that was trained on; terms and weights are in the recipe, so only runs of one loss compare."
+    return Chart("loss", "Loss in training", note, (Panel("", _alt("Loss", points), _html(figure, prefix, 300)),), tuple(key))
 
 
 def _bars(runs: Sequence["Run"], colour: str) -> go.Bar:

@@ -1,7 +1,6 @@
 """What an interrupted run leaves behind: finished shards, the next block's inputs, and where to go on."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -10,13 +9,13 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gossamer.core.atomic import cannot_write, publish, replacing, write_text
+from gossamer.core.atomic import cannot_write, lock, publish, replacing, write_text
 from gossamer.core.errors import GossamerError
 from gossamer.core.report import Report, environment, read_json
 from gossamer.models import INDEX
@@ -43,7 +42,7 @@ class Run:
     def __enter__(self) -> "Run":
         self._made = [parent for parent in self.folder.parents if not parent.exists()]
         try:
-            self._lock = self._hold()
+            self._lock = lock(self.folder, self.out)
             if (self.folder / "state.json").exists():
                 kept = read_json(self.folder / "state.json")
                 if kept.get("identity") == self.state["identity"]:
@@ -67,24 +66,6 @@ class Run:
                     for parent in self._made:
                         parent.rmdir()
         self._lock.close()
-
-    def _hold(self) -> IO[bytes]:
-        """Return the folder's lock file, locked; the system unlocks it when the process ends, however that is."""
-        while True:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = open(self.folder / "lock", "wb")  # noqa: SIM115 (open as long as the run)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.samestat(os.fstat(lock.fileno()), os.stat(lock.name)):
-                    return lock
-            except BlockingIOError:
-                lock.close()
-                raise GossamerError(
-                    f"another run is writing {self.out} now; wait for it to end, or give another directory"
-                ) from None
-            except FileNotFoundError:  # the run that held it has just ended and removed it
-                pass
-            lock.close()
 
     def scratch(self) -> Path:
         """Return an empty folder for converted weights."""

@@ -77,7 +77,7 @@ def prune_checkpoint(
     recipe = recipe_of(
         job, data=data, seqlen=seqlen, samples=samples, sample=sample, seed=seed, targets=targets, batches=batches
     )
-    with Run(out, {"recipe": recipe, "source": _identity(source), "data": _digest(batches), "lanes": lanes}) as run:
+    with Run(out, {"recipe": recipe, "source": identity(source), "data": digest(batches), "lanes": lanes}) as run:
         check_out(out, source, force)  # again: another run may have finished in the meantime
         checkpoint = Checkpoint(source, run.scratch(), structure, whole=not job.blockwise)
         model = checkpoint.model
@@ -239,14 +239,15 @@ def check_out(out: Path, source: Path | None, force: bool) -> Path:
     return target
 
 
-def _identity(source: Path) -> list[Any]:
+def identity(source: Path) -> list[Any]:
     """Return what tells one state of a directory from another without reading its weights."""
     return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(source.iterdir()) if f.is_file()]
 
 
-def _digest(batches: Sequence[Batch]) -> str:
-    digest = hashlib.sha256()
+def digest(batches: Sequence[Batch]) -> str:
+    """Return what tells one sequence of batches from another."""
+    found = hashlib.sha256()
     for batch in batches:
         for key in sorted(batch):
-            digest.update(batch[key].cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+            found.update(batch[key].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

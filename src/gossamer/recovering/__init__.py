@@ -1,0 +1,193 @@
+"""Recover: from a pruned directory to a trained one that has the same zeros."""
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.core.errors import GossamerError
+from gossamer.core.report import Report
+from gossamer.core.spec import parse, show
+from gossamer.core.tuner import How, Tuner
+from gossamer.data import evaluation as evaluation_windows
+from gossamer.data import texts, windows
+from gossamer.evaluate import check_ids, perplexity
+from gossamer.models import causal_lm, check_directory, resolve, skeleton, tokenizer
+from gossamer.recovering._loop import Broken, Plan, run
+from gossamer.recovering._result import cast, check_zeros, command_of, masks_of, stopped
+from gossamer.recovering._state import State
+from gossamer.sites._rows import describe, peak_bytes, restart_peak, row
+from gossamer.sites._walk import targets as find_targets
+from gossamer.sites.checkpoint import check_out, digest, identity, save
+from gossamer.sites.distilling import distill
+from gossamer.tuning import checked
+
+EVERY = 120.0  # seconds between two states on disk
+
+
+def recover(
+    source: str | Path,
+    out: str | Path,
+    method: str | Tuner = "Full",
+    pattern: str | None = None,
+    *,
+    data: str | Path,
+    steps: int,
+    teacher: str | Path | None = None,
+    loss: str = "distill",
+    sparsity: float | None = None,
+    rate: float | None = None,
+    batch: int = 4,
+    micro: int | None = None,
+    seqlen: int = 512,
+    clip: float = 1.0,
+    seed: int = 0,
+    evaluate: str | Path | None = None,
+    evaluated: int | None = None,
+    targets: str | None = None,
+    device: str | torch.device | None = None,
+    every: float = EVERY,
+    progress: bool | None = None,
+    force: bool = False,
+    name: str | None = None,
+) -> Report:
+    """Train the pruned model in ``source`` on text, and save it with the same zeros in ``out``.
+
+    AdamW, in float32 (autocast to bfloat16 on a GPU), the rate up over a tenth of the steps and then down to nothing. A run
+    that was killed and is started again goes on to the same bits; ``out`` appears whole or not at all.
+
+    Args:
+        source: a directory of a pruned model, as `gossamer prune` writes it; a dense one, for methods that choose the mask.
+        method: how: a tuner's spec, such as "Full" or "MaskLoRA(rank=16)".
+        pattern, sparsity: for methods that choose the mask.
+        data: text to train on, as in `prune`.
+        steps, batch, seqlen: optimizer steps, and windows of how many tokens in each.
+        micro: windows in one pass; fewer than ``batch`` take less memory.
+        teacher: the dense model; by default the one that the report of ``source`` says it was pruned from.
+        loss: "distill", with weights such as "distill(task=0.0, hidden=1.0)", or "task", which needs no teacher.
+        rate: the learning rate at its highest; by default the method's.
+        evaluate, evaluated: text on which to measure perplexity before and after, and how much of it.
+        every: seconds between two states on disk.
+        others: as in `gossamer.prune`.
+
+    Returns:
+        The `Report`, of kind "recover".
+
+    Raises:
+        GossamerError: anything asked for that cannot be; another recipe's run stands half-way; the loss became NaN (the model
+            as it was before is saved beside ``out``).
+    """
+    started = time.perf_counter()
+    source, out = Path(source), Path(out)
+    tuner, shape, fraction = checked(method, pattern, sparsity, steps)
+    wanted = parse(loss, LOSSES, "loss")
+    plan = Plan(steps, batch, micro or batch, tuner.rate if rate is None else rate, clip, seed)
+    check_directory(source)
+    target, before = check_out(out, source, force), _report_of(source)
+    structure, tokens = skeleton(source), tokenizer(source)
+    chosen = find_targets(structure, targets)
+    text = windows(texts(data, split="calibration"), tokens, seqlen)
+    held_out = None if evaluate is None else evaluation_windows(evaluate, tokens, seqlen=seqlen, first=evaluated)
+    for ids in (text, held_out):
+        if ids is not None:
+            check_ids(structure, ids)
+    dense_path = _teacher(teacher, before, source) if wanted is not task or teacher is not None else None
+    recipe = {
+        "method": show(tuner),
+        "chooses": tuner.chooses,
+        "pattern": str(shape) if shape else before["pattern"],
+        "sparsity": fraction if shape else before["sparsity"],
+        "source": str(source),
+        "pruned_by": before["method"],
+        "teacher": None if dense_path is None else str(teacher or before["model"]),
+        "loss": show(wanted),
+        "data": str(data),
+        "seqlen": seqlen,
+        **vars(plan),
+        "targets": targets,
+    }
+    same = {"text": digest([{"ids": text}]), "weights": identity(source)}
+    with State(target, recipe | same, force=force) as state:
+        check_out(out, source, force)  # again: another run may have finished in the meantime
+        restart_peak()
+        model = causal_lm(source, torch.float32, device)
+        dense = None if dense_path is None else causal_lm(dense_path, torch.float32, device)
+        found = {} if held_out is None else {"before": perplexity(model, held_out)["perplexity"]}
+        if held_out is not None and dense is not None:
+            found["dense"] = perplexity(dense, held_out)["perplexity"]
+        chosen = find_targets(model, targets)
+        masks = {} if tuner.chooses else masks_of(chosen)
+        watched = [getattr(t.module, t.attribute) for t in chosen if t.name in masks]
+        tuning = tuner.start(model, How(steps, shape, fraction, targets, dense))
+        trainable = sum(p.numel() for p in tuning.parameters())
+        loaded = time.perf_counter()
+        with _made(wanted, tuning.model, dense) as objective:
+            try:
+                seconds = run(
+                    tuning, objective, text, plan, state, every=every, progress=progress, title=show(tuner), watched=watched
+                )
+            except Broken as error:
+                state.over = True
+                raise stopped(error, tuning, target, tokens, structure.dtype, plan) from error
+        model = tuning.finish().eval()
+        chosen = find_targets(model, targets)
+        check_zeros(chosen, masks)
+        rounded = cast(model, chosen, structure.dtype)
+        report = Report(
+            kind="recover",
+            recipe={**recipe, "command": command_of(recipe, out)},
+            model=describe(model, name or before["model"] or str(source)),
+            weights=[row(t) for t in chosen],
+            seconds={"load": loaded - started, "train": seconds, "total": loaded - started + seconds},
+            peak_bytes=peak_bytes(),
+            training={**found, "losses": state.losses, "trainable": trainable, "rounded": rounded},
+        )
+        if held_out is not None:
+            report.evaluation = {**perplexity(model, held_out), "data": str(evaluate)}
+        save(model.cpu(), target, report=report, tokenizer=tokens, force=force)
+    return report
+
+
+def task(student: nn.Module, teacher: nn.Module | None) -> Callable[..., Tensor]:
+    """Return the model's own loss, which needs no teacher."""
+    size: Any = student.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
+    loss: Any = student.loss_function
+    return lambda outputs, labels: loss(logits=outputs.logits, labels=labels, vocab_size=size)
+
+
+LOSSES = {"distill": distill, "task": task}
+
+
+def _made(wanted: Any, student: nn.Module, teacher: nn.Module | None) -> AbstractContextManager[Any]:
+    loss = wanted(student, teacher)
+    return loss if hasattr(loss, "release") else nullcontext(loss)
+
+
+def _report_of(source: Path) -> dict[str, Any]:
+    """Return what the report of a directory says of how it was pruned; Nones where there is none."""
+    nothing = dict.fromkeys(("method", "pattern", "sparsity", "model", "teacher"))
+    if not (source / "report.json").is_file():
+        return nothing
+    report = Report.load(source / "report.json")
+    recipe = {key: report.recipe.get(key) for key in ("method", "pattern", "sparsity", "teacher")}
+    return {**nothing, **recipe, "model": report.model.get("name")}
+
+
+def _teacher(asked: str | Path | None, before: dict[str, Any], source: Path) -> Path:
+    """Return the directory of the dense model: the one asked for, or the one that ``source`` was pruned from."""
+    name = asked or before["teacher"] or before["model"]
+    if name is None:
+        raise GossamerError(
+            f"distilling needs the dense model, and {source} has no report that names it: give the teacher, or the loss task"
+        )
+    try:
+        path = resolve(str(name))
+        check_directory(path)
+    except GossamerError as error:
+        hint = "" if asked else f" ({source} says it was pruned from it: give the teacher, or the loss task)"
+        raise GossamerError(f"{error}{hint}") from None
+    return path

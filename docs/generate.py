@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from gossamer.sites._job import catalogue
+from gossamer.catalogue import catalogue
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

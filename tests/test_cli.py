@@ -230,7 +230,21 @@ def test_help_and_version(run: Any) -> None:
     assert "Usage" in run().out
     done = run("--version")
     assert (done.status, done.out) == (0, f"gossamer {gossamer.__version__}\n")
-    for command in ("prune", "eval", "compare", "report", "ls", "demo", "bench", "plan", "generate", "timings", "unpack"):
+    for command in (
+        "prune",
+        "eval",
+        "compare",
+        "report",
+        "ls",
+        "demo",
+        "bench",
+        "plan",
+        "generate",
+        "timings",
+        "unpack",
+        "recover",
+        "run",
+    ):
         done = run(command, "--help")
         assert done.status == 0
         assert "Usage" in done.out

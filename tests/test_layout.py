@@ -31,7 +31,8 @@ BELOW = {
     "tuners": METHODS | LOWEST | MODELS | {"sites", "adapters", "hf"},
     "tuning": METHODS | LOWEST | MODELS | {"sites", "tuners"},
     "recovering": METHODS | LOWEST | MODELS | {"sites", "tuning", "tuners"},
-    "recipe": METHODS | LOWEST | MODELS | {"sites"},
+    "catalogue": METHODS | LOWEST | MODELS | {"sites", "tuning"},
+    "recipe": METHODS | LOWEST | MODELS | {"sites", "tuning", "tuners", "recovering", "speed"},
 }
 ALONE = METHODS  # the files (or folders) in these do not import one another
 

@@ -105,3 +105,35 @@ def show(table: Table) -> None:
 
 def number(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.2f}"
+
+
+def print_comparison(document: dict[str, Any]) -> None:
+    """Print a comparison as a table."""
+    dense, runs = (document["dense"] or {}).get("perplexity"), document["runs"]
+    timed = any(row.get("speed") for row in runs)
+    speed = ["tokens/s dense → packed", "×"] if timed else []
+    table = Table("method", "pattern", "sparsity", "perplexity", "× dense", "seconds", "MB dense → bitmask", *speed)
+    table.add_row(
+        "dense", "–", "0", number(dense), "1.00", "–", f"{document['model']['bytes'] / 1e6:.0f}", *("–" for _ in speed)
+    )
+    for row in runs:
+        found, total = (row["evaluation"] or {}).get("perplexity"), row["totals"]
+        rest = document["model"]["bytes"] - total["bytes_dense"]
+        table.add_row(
+            " → ".join(filter(None, [row["recipe"].get("pruned_by"), row["recipe"]["method"]])),
+            row["recipe"]["pattern"] or "–",
+            f"{total['sparsity']:.4f}",
+            number(found) if row["evaluation"] else "–",
+            "–" if not (found and dense) else f"{found / dense:.2f}",
+            f"{row['seconds']['total']:.1f}",
+            f"{document['model']['bytes'] / 1e6:.0f} → {(rest + total['bytes_bitmask']) / 1e6:.0f}",
+            *(_rates(row.get("speed")) if timed else []),
+        )
+    show(table)
+
+
+def _rates(speed: dict[str, Any] | None) -> list[str]:
+    if not speed:
+        return ["–", "–"]
+    rates = [speed["batch"] / speed[kind] for kind in ("dense", "packed")]
+    return [f"{rates[0]:.1f} → {rates[1]:.1f}", f"{speed['ratio']:.2f}"]

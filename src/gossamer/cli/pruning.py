@@ -24,8 +24,8 @@ from gossamer.cli._shared import (
     draw,
     err,
     fractions,
-    number,
     out,
+    print_comparison,
     progress_of,
     show,
     speaker,
@@ -35,6 +35,8 @@ from gossamer.cli._shared import (
 )  # fmt: skip
 from gossamer.core.errors import GossamerError
 from gossamer.shapes import SHAPES
+
+Kind = Literal["scores", "solvers", "tuners", "patterns", "allocations", "schedules", "formats", "sites"]
 
 
 @app.command()
@@ -177,7 +179,7 @@ def compare(
     )
     draw([document], to / "index.html")
     write(to_json, document)
-    _print_comparison(document)
+    print_comparison(document)
     if not quiet:
         out.print(f"the page: {to / 'index.html'}   the numbers: {to / 'compare.json'}")
 
@@ -200,11 +202,12 @@ def report(
 @app.command("ls")
 def list_names(
     kind: Annotated[
-        Literal["scores", "solvers", "patterns", "allocations", "schedules", "formats", "sites"] | None, typer.Argument()
+        Literal["scores", "solvers", "tuners", "patterns", "allocations", "schedules", "formats", "sites"] | None,
+        typer.Argument(),
     ] = None,
 ) -> None:
     """List what there is, with what each needs and where it comes from."""
-    from gossamer.sites._job import catalogue
+    from gossamer.catalogue import catalogue
 
     for title, things in catalogue().items():
         if kind in (None, title):
@@ -235,7 +238,7 @@ def demo(
         progress=progress_of(quiet), say=say,
     )  # fmt: skip
     draw([document], to / "index.html")
-    _print_comparison(document)
+    print_comparison(document)
     best = min((to / "models").glob("sparsegpt-unstructured*"))
     say(f"\nThe page:   {to / 'index.html'}   (open it in a browser)")
     say(f"The models: {to / 'models'}   (ordinary transformers directories)")
@@ -245,34 +248,3 @@ def demo(
     say("  gossamer prune smollm2 --method SparseGPT --pattern 4:8 --data builtin --out pruned")
     say(f"  gossamer plan {next(iter(SHAPES))}")
     say("  gossamer ls")
-
-
-def _print_comparison(document: dict[str, Any]) -> None:
-    dense, runs = document["dense"]["perplexity"], document["runs"]
-    timed = any(row.get("speed") for row in runs)
-    speed = ["tokens/s dense → packed", "×"] if timed else []
-    table = Table("method", "pattern", "sparsity", "perplexity", "× dense", "prune s", "MB dense → bitmask", *speed)
-    table.add_row(
-        "dense", "–", "0", number(dense), "1.00", "–", f"{document['model']['bytes'] / 1e6:.0f}", *("–" for _ in speed)
-    )
-    for row in runs:
-        found, total = row["evaluation"]["perplexity"], row["totals"]
-        rest = document["model"]["bytes"] - total["bytes_dense"]
-        table.add_row(
-            row["recipe"]["method"],
-            row["recipe"]["pattern"],
-            f"{total['sparsity']:.4f}",
-            number(found),
-            "–" if not (found and dense) else f"{found / dense:.2f}",
-            f"{row['seconds']['total']:.1f}",
-            f"{document['model']['bytes'] / 1e6:.0f} → {(rest + total['bytes_bitmask']) / 1e6:.0f}",
-            *(_rates(row.get("speed")) if timed else []),
-        )
-    show(table)
-
-
-def _rates(speed: dict[str, Any] | None) -> list[str]:
-    if not speed:
-        return ["–", "–"]
-    rates = [speed["batch"] / speed[kind] for kind in ("dense", "packed")]
-    return [f"{rates[0]:.1f} → {rates[1]:.1f}", f"{speed['ratio']:.2f}"]

@@ -1,4 +1,4 @@
-"""The command that trains: recover."""
+"""The commands that train: recover, and run, which takes a model through a recipe."""
 
 from pathlib import Path
 from typing import Annotated
@@ -15,11 +15,15 @@ from gossamer.cli._shared import (
     Targets,
     app,
     device_of,
+    draw,
     number,
     out,
+    print_comparison,
     progress_of,
     speaker,
-)
+    typed,
+    write,
+)  # fmt: skip
 
 
 @app.command()
@@ -86,3 +90,25 @@ def recover(
     if trained["rounded"]:
         out.print(f"{trained['rounded']:,} kept weights became zero when cast to {report.model['dtype']}")
     out.print(f"wrote {to}; next: gossamer eval {to}")
+
+
+@app.command("run")
+def run_recipe(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.json", help="prune, recover, evaluate and pack, in one file")],
+    to: Annotated[Path, typer.Option("--out", metavar="DIR", help="receives a directory a step, and index.html")],
+    device: Device = None,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """Take a model through the steps of a recipe; started again after a kill, it goes on."""
+    from gossamer.recipe import Recipe, run
+
+    asked = Recipe.load(recipe)
+    document = run(
+        asked, to, device=device_of(device), force=force, command=typed(), progress=progress_of(quiet), say=speaker(quiet)
+    )
+    draw([document], to / "index.html")
+    write(to / "runs.json", document)
+    if not quiet:
+        print_comparison(document)
+        out.print(f"the page: {to / 'index.html'}   the models: {to}")

@@ -1,21 +1,17 @@
 """A pruning job: method, pattern, sparsity and allocation, read and checked before anything is touched."""
 
-import inspect
 import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from pkgutil import iter_modules
 from typing import Any
 
 from torch import Tensor, nn
 
-from gossamer import formats, scores, sites, solvers
+from gossamer import scores, solvers
 from gossamer.core import allocate as allocations
 from gossamer.core import pattern as patterns
-from gossamer.core import schedule as schedules
 from gossamer.core.errors import GossamerError
 from gossamer.core.pattern import Pattern, Unstructured, not_finite
 from gossamer.core.score import Score
@@ -170,35 +166,6 @@ def command_of(model: str, recipe: Mapping[str, Any], out: str) -> str:
     options = ("targets", "data", "seqlen", "samples", "sample", "seed")
     words += [word for option in options if recipe.get(option) is not None for word in (f"--{option}", str(recipe[option]))]
     return shlex.join([*words, "--out", out])
-
-
-def catalogue() -> dict[str, list[dict[str, Any]]]:
-    """Return everything a spec may name, by kind: each with its signature, what it needs, and its docstring's first line."""
-    kinds = {
-        "scores": names_in(scores),
-        "solvers": names_in(solvers),
-        "patterns": PATTERNS,
-        "allocations": ALLOCATIONS,
-        "schedules": names_in(schedules),
-        "formats": names_in(formats),
-        "sites": {
-            name: import_module(f"gossamer.sites.{name}") for _, name, _ in iter_modules(sites.__path__) if name[0] != "_"
-        },
-    }
-    return {kind: [_entry(name, thing) for name, thing in sorted(things.items())] for kind, things in kinds.items()}
-
-
-def _entry(name: str, thing: Any) -> dict[str, Any]:
-    needs: Any = getattr(thing, "needs", frozenset())
-    plain = inspect.ismodule(thing) or thing in vars(formats).values()  # never written out in a spec
-    fields = [] if plain else inspect.signature(thing).parameters.values()
-    free = [f for f in fields if f.name not in ("tensors", "sparsity")]
-    return {
-        "name": name,
-        "signature": f"{name}({', '.join(str(f.replace(annotation=f.empty)) for f in free)})" if free else name,
-        "needs": sorted(needs) if isinstance(needs, frozenset) else ["what its score needs"],
-        "summary": (thing.__doc__ or "").strip().splitlines()[0],
-    }
 
 
 def _allocation(allocate: Any) -> Any:

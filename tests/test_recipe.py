@@ -1,0 +1,117 @@
+"""Recipes: one file from a dense model to a packed one; it goes on after a kill, and is refused where it cannot be run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import gossamer
+from gossamer import recipe
+from gossamer.core.errors import GossamerError
+from gossamer.recipe import Recipe
+from gossamer.recovering._state import State
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"{i}. The spider spins a thin thread; gossamer is light and strong.\n" for i in range(60)))
+    return path
+
+
+@pytest.fixture
+def steps(text: Path) -> list[dict[str, Any]]:
+    windows = {"data": str(text), "seqlen": 16}
+    return [
+        {"prune": {"method": "Wanda", "pattern": "2:4", "samples": 4, **windows}},
+        {"evaluate": {"windows": 8, **windows}},
+        {"recover": {"method": "Full", "steps": 5, "batch": 2, "rate": 1e-3, **windows}},
+        {"evaluate": {"windows": 8, **windows}},
+        {"pack": {"context": 16}},
+    ]
+
+
+def run(tiny: Path, steps: list[dict[str, Any]], folder: Path, **how: Any) -> dict[str, Any]:
+    return recipe.run(Recipe.from_json({"model": str(tiny), "steps": steps}), folder, **how)
+
+
+def test_it_leads_from_dense_to_packed(tiny_dir: Path, steps: list[dict[str, Any]], tmp_path: Path) -> None:
+    found = run(tiny_dir, steps, tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["1-prune", "3-recover", "5-pack", "lock", "recipe.json"]
+    pruned, recovered = found["runs"]
+    assert pruned["kind"] == "prune"
+    assert recovered["kind"] == "recover"
+    assert recovered["evaluation"]["perplexity"] < pruned["evaluation"]["perplexity"]
+    assert found["dense"]["perplexity"] > 1
+    assert recovered["speed"]["dense"] > 0
+    packed, loaded = gossamer.load(tmp_path / "out" / "5-pack"), gossamer.load(tmp_path / "out" / "3-recover")
+    ids = torch.arange(12)[None]
+    torch.testing.assert_close(packed(ids).logits, loaded(ids).logits)
+    from gossamer.html import page
+
+    assert "Wanda → Full" in page([found])
+
+
+def test_a_killed_recipe_goes_on_to_the_same_bits(
+    tiny_dir: Path, steps: list[dict[str, Any]], tmp_path: Path, monkeypatch: Any
+) -> None:
+    steps = steps[:4]
+    whole = run(tiny_dir, steps, tmp_path / "whole")
+    save, said = State.save, list[str]()
+
+    def dies(self: Any, *args: Any) -> None:
+        save(self, *args)
+        raise Killed
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("a finished step is not done again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(State, "save", dies)
+        patch.setattr(recipe, "recover", lambda *a, **k: gossamer.recover(*a, **k, every=0))
+        with pytest.raises(Killed):
+            run(tiny_dir, steps, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe, "prune_checkpoint", never)
+        again = run(tiny_dir, steps, tmp_path / "out", say=said.append)
+    assert said[0] == "1 prune: kept from the run before"
+    assert again["runs"][1]["training"]["losses"] == whole["runs"][1]["training"]["losses"]
+    assert again["runs"][1]["evaluation"]["perplexity"] == whole["runs"][1]["evaluation"]["perplexity"]
+
+
+def test_another_recipe_is_refused_and_told_apart(tiny_dir: Path, steps: list[dict[str, Any]], tmp_path: Path) -> None:
+    run(tiny_dir, steps[:2], tmp_path / "out")
+    other = [{"prune": {**steps[0]["prune"], "samples": 5}}, steps[1]]
+    with pytest.raises(GossamerError, match="step 1 is done and was another: samples was 4 and is 5; --force starts over"):
+        run(tiny_dir, other, tmp_path / "out")
+    with pytest.raises(GossamerError, match="2 steps are done, and the recipe has 1"):
+        run(tiny_dir, steps[:1], tmp_path / "out")
+    found = run(tiny_dir, steps[:3], tmp_path / "out")  # more steps: it goes on
+    assert len(found["runs"]) == 2
+    run(tiny_dir, other, tmp_path / "out", force=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ([], "a recipe is an object"),
+        ({"model": "x", "steps": []}, "no steps"),
+        ({"model": "x", "steps": [{"prune": 3}]}, "step 1 of the recipe is no object"),
+        ({"model": "x", "steps": [{"prun": {}}]}, "unknown verb 'prun'; known: prune"),
+        ({"model": "x", "steps": [{"prune": {"method": "Wanda"}}]}, "prune wants pattern"),
+        ({"model": "x", "steps": [{"prune": {"method": "Wanda", "pattern": "2:4", "out": "y"}}]}, "prune takes no 'out'"),
+        ({"model": "x", "steps": [{"prune": {"method": "Wand", "pattern": "2:4"}}]}, "step 1 .*did you mean Wanda"),
+        ({"model": "x", "steps": [{"recover": {"data": "d", "steps": 0}}]}, "step 1 .*at least 1"),
+        ({"model": "x", "steps": [{"pack": {}}]}, "begins with pack"),
+    ],
+)
+def test_a_mistake_shows_before_anything_is_done(value: Any, told: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text(json.dumps(value))
+    with pytest.raises(GossamerError, match=told):
+        Recipe.load(tmp_path / "recipe.json")

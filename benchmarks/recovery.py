@@ -1,80 +1,164 @@
-"""What recovery brings: a pruned model, its zeros held, learns from its dense teacher; perplexity before and after.
+"""What recovery brings: every way of training a pruned model, side by side, in one table.
 
-    python benchmarks/recovery.py --calibration train.txt --evaluation test.txt --pattern 2:4 --steps 100
+    python benchmarks/recovery.py --training valid.txt --evaluation test.txt --steps 200
+    python benchmarks/recovery.py --training valid.txt --evaluation test.txt --pattern 2:4 --methods "Full;AST" --device cuda
 
-Training text is the calibration text's windows, in random order; the evaluation text has to be another. float32.
+The dense model is pruned by ``--method`` on the first windows of the training text; then `gossamer.recover` trains it by each
+method from its directory, with the dense model as the teacher. The evaluation text has to be another. LoRA is peft's own, merged the
+ordinary way. Memory is the peak of the process (the GPU's, where there is one), teacher included; zeros are counted in the result, and
+compared entry by entry with those from before.
 """
 
 import argparse
-import copy
+import json
+import tempfile
 import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
 
 import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 import gossamer
-from gossamer.data import calibration, evaluation
-from gossamer.evaluate import perplexity
+from gossamer.core.errors import GossamerError
+from gossamer.core.spec import spec
+from gossamer.core.tuner import How, Tuner, Tuning
 from gossamer.models import causal_lm, resolve, tokenizer
+from gossamer.tuning import tuner_of
+
+METHODS = "LoRA(rank=16);PERP;ScaleLoRA;SPP;LoRAPrune(rank=16);MaskLoRA(rank=16);MaskLoRA(rank=64);Full;PST;Reconstruct;AST;CAST;MaskLLM"
+
+
+@spec
+class LoRA(Tuner):
+    """PEFT's own LoRA on every linear of the blocks, merged the ordinary way, which fills the zeros."""
+
+    rank: int = 16
+
+    rate = 2e-4
+    chooses = True  # so that nobody looks for the zeros that it loses
+
+    def start(self, model: nn.Module, how: How) -> Tuning:
+        return _LoRA(model, self.rank)
+
+
+class _LoRA(Tuning):
+    def __init__(self, model: nn.Module, rank: int) -> None:
+        from peft import LoraConfig, get_peft_model
+
+        settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        self.model = get_peft_model(model, settings)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def attach(self, optimizer: Optimizer) -> Self:
+        return self
+
+    def finish(self) -> nn.Module:
+        return self.model.merge_and_unload()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        raise GossamerError("this run cannot be resumed")
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        raise GossamerError("this run cannot be resumed")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--method", default="SparseGPT")
-    parser.add_argument("--pattern", default="2:4")
-    parser.add_argument("--sparsity", type=float)
-    parser.add_argument("--calibration", default="builtin")
+    parser.add_argument("--method", default="SparseGPT", help="what prunes")
+    parser.add_argument("--methods", default=METHODS, help="what recovers, separated by ;")
+    parser.add_argument("--pattern", default="Unstructured;2:4")
+    parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--training", default="builtin")
     parser.add_argument("--evaluation", default="builtin")
     parser.add_argument("--windows", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--seqlen", type=int, default=256)
-    parser.add_argument("--rate", type=float, default=1e-4)
-    parser.add_argument("--loss", default="1,1,1", help="weights of task, logits and hidden states")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--rate", type=float)
+    parser.add_argument("--loss", default="distill")
+    parser.add_argument("--device")
+    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    torch.manual_seed(0)
+    path, rows = resolve(args.model), []
+    print(
+        "| pattern | method | trained | seconds | peak memory | dense | pruned | recovered | gap closed | zeros | every one |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    for pattern in args.pattern.split(";"):
+        with tempfile.TemporaryDirectory() as folder:
+            pruned = Path(folder, "pruned")
+            prune(path, pruned, pattern, args)
+            for method in args.methods.split(";"):
+                rows.append(row(pruned, Path(folder, "out"), pattern, method, path, args))
+                if args.json:
+                    args.json.write_text(json.dumps(rows, indent=1) + "\n")
 
-    path = resolve(args.model)
-    tokens = tokenizer(path)
-    held_out = evaluation(args.evaluation, tokens, first=args.windows)
-    samples = calibration(args.calibration, tokens, samples=32, sample="first")
-    text = calibration(args.calibration, tokens, samples=args.steps * args.batch, seqlen=args.seqlen)
-    teacher = causal_lm(path, torch.float32, args.device)
-    student = copy.deepcopy(teacher)
-    dense = perplexity(teacher, held_out)["perplexity"]
-    gossamer.prune(student, args.method, args.pattern, sparsity=args.sparsity, data=samples, progress=False)
-    before = perplexity(student, held_out)["perplexity"]
 
-    student.train()
-    optimizer = torch.optim.AdamW(student.parameters(), lr=args.rate, weight_decay=0.0, fused=True)
-    warm = max(args.steps // 10, 1)
-    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / warm, 1 - i / args.steps))
-    task, logits, hidden = map(float, args.loss.split(","))
-    started, took = time.perf_counter(), []
-    with (
-        gossamer.hold(student, optimizer) as held,
-        gossamer.distill(student, teacher, task=task, logits=logits, hidden=hidden) as loss,
-    ):
-        for step, batch in enumerate(text.to(args.device).split(args.batch)):
-            begun = time.perf_counter()
-            loss(student(batch), batch).backward()
-            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            rate.step()
-            took.append(time.perf_counter() - begun)
-            if step % 10 == 0:
-                print(step, {k: round(v.item(), 3) for k, v in loss.parts.items()}, f"{took[-1]:.1f} s", flush=True)
-    spent = time.perf_counter() - started
-    report = held.check()
-    after = perplexity(student.eval(), held_out)["perplexity"]
-    closed = (before - after) / (before - dense)
-    print("| pattern | loss | steps × tokens | seconds | dense | pruned | recovered | gap closed | zeros |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    size, zeros = f"{args.steps} × {args.batch * args.seqlen}", report.totals["sparsity"]
-    told = f"{dense:.2f} | {before:.2f} | {after:.2f} | {closed:.0%} | {zeros:.4%}"
-    print(f"| {args.pattern} | {args.loss} | {size} | {spent:.0f} | {told} |")
+def prune(path: Path, pruned: Path, pattern: str, args: argparse.Namespace) -> None:
+    shape = gossamer.tuning.pattern_of(pattern)
+    model = causal_lm(path, torch.float32, args.device)
+    report = gossamer.prune(
+        model,
+        args.method,
+        pattern,
+        sparsity=args.sparsity if shape.takes_sparsity else None,
+        data=args.training,
+        tokenizer=tokenizer(path),
+        samples=64,
+        progress=False,
+    )
+    gossamer.save(model.cpu(), pruned, report=report, tokenizer=tokenizer(path))
+
+
+def row(pruned: Path, out: Path, pattern: str, method: str, path: Path, args: argparse.Namespace) -> dict[str, Any]:
+    tuner = LoRA(int(method.removeprefix("LoRA(rank=")[:-1])) if method.startswith("LoRA(") else tuner_of(method)
+    mask: dict[str, Any] = {}
+    if tuner.chooses:
+        shape = gossamer.tuning.pattern_of(pattern)
+        mask = {"pattern": pattern, "sparsity": args.sparsity if shape.takes_sparsity else None}
+    began = time.perf_counter()
+    try:
+        report = gossamer.recover(
+            pruned,
+            out,
+            tuner,
+            **mask,
+            teacher=path,
+            data=args.training,
+            steps=args.steps,
+            batch=args.batch,
+            seqlen=args.seqlen,
+            rate=args.rate,
+            loss=args.loss,
+            evaluate=args.evaluation,
+            evaluated=args.windows,
+            device=args.device,
+            every=float("inf"),
+            force=True,
+            progress=False,
+        )
+    except GossamerError as error:
+        print(f"| {pattern} | {method} | – | {error} |", flush=True)
+        return {"pattern": pattern, "method": method, "error": str(error)}
+    before, after = gossamer.load(pruned), gossamer.load(out)
+    same = all(torch.equal(a == 0, b == 0) for a, b in zip(linears(before), linears(after), strict=True))
+    trained, found = report.training or {}, (report.evaluation or {})["perplexity"]
+    closed = (trained["before"] - found) / (trained["before"] - trained["dense"])
+    peak = report.peak_bytes.get("accelerator", report.peak_bytes["resident"])
+    told = f"{trained['dense']:.2f} | {trained['before']:.2f} | {found:.2f} | {closed:.0%} | {report.totals['sparsity']:.2%}"
+    size = f"{trained['trainable'] / 1e6:.2f} M | {report.seconds['train']:.0f} | {peak / 1e9:.2f} GB"
+    print(f"| {pattern} | {method} | {size} | {told} | {'yes' if same else 'no'} |", flush=True)
+    return {"pattern": pattern, "same": same, "wall": time.perf_counter() - began, **report.to_json(), "weights": []}
+
+
+def linears(model: nn.Module) -> list[Tensor]:
+    return [target.parameter for target in gossamer.sites._walk.targets(model)]
 
 
 if __name__ == "__main__":

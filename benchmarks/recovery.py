@@ -3,10 +3,10 @@
     python benchmarks/recovery.py --training valid.txt --evaluation test.txt --steps 200
     python benchmarks/recovery.py --training valid.txt --evaluation test.txt --pattern 2:4 --methods "Full;AST" --device cuda
 
-The dense model is pruned by ``--method`` on the first windows of the training text; then `gossamer.recover` trains it by each
-method from its directory, with the dense model as the teacher. The evaluation text has to be another. LoRA is peft's own, merged the
-ordinary way. Memory is the peak of the process (the GPU's, where there is one), teacher included; zeros are counted in the result, and
-compared entry by entry with those from before.
+The dense model is pruned by ``--method`` on windows of the training text; then `gossamer.recover` trains it by each method from
+its directory, with the dense model as the teacher. The evaluation text has to be another. LoRA is peft's own, merged the
+ordinary way. Memory is the peak of the process (the GPU's, where there is one), teacher included; zeros are counted in the
+result, and compared entry by entry with those from before.
 """
 
 import argparse
@@ -28,7 +28,10 @@ from gossamer.core.tuner import How, Tuner, Tuning
 from gossamer.models import causal_lm, resolve, tokenizer
 from gossamer.tuning import tuner_of
 
-METHODS = "LoRA(rank=16);PERP;ScaleLoRA;SPP;LoRAPrune(rank=16);MaskLoRA(rank=16);MaskLoRA(rank=64);Full;PST;Reconstruct;AST;CAST;MaskLLM"
+METHODS = (
+    "LoRA(rank=16);PERP;ScaleLoRA;SPP;LoRAPrune(rank=16);MaskLoRA(rank=16);MaskLoRA(rank=64);Full;PST;Reconstruct;"
+    "AST;CAST;MaskLLM"
+)
 
 
 @spec

@@ -36,7 +36,7 @@ class Method(Protocol):
 
     def layer(self, weight: Weight, mask: Tensor) -> Layer: ...
 
-    def moment(self, m: Tensor, w: Tensor, mask: Tensor, step: int, steps: int) -> Tensor: ...
+    def moment(self, m: Tensor, v: Tensor, w: Tensor, mask: Tensor, step: int, steps: int) -> Tensor: ...
 
 
 class Steered(Tuning):
@@ -77,7 +77,7 @@ class Steered(Tuning):
 
     def _moment(self, weight: Weight) -> Any:
         layer = self._layers[weight]
-        return lambda m: self._method.moment(m, weight.parameter, layer.mask, self._steps, self._how.steps)
+        return lambda m, v: self._method.moment(m, v, weight.parameter, layer.mask, self._steps, self._how.steps)
 
     def _after(self, *_: Any) -> None:
         self._steps += 1
@@ -118,9 +118,9 @@ class Steered(Tuning):
 
 
 class Steering:
-    """Hooks by which Adam follows another first moment ũ = f(m), of which its second moment is made too.
+    """Hooks by which Adam follows another first moment ũ = f(m, v̂), of which its second moment is made too.
 
-        m ← β₁m + (1 − β₁)g,  ũ = f(m),  v ← β₂v + (1 − β₂)ũ²,  W ← W − η m̂(ũ) / (√v̂ + ε)
+        m ← β₁m + (1 − β₁)g,  ũ = f(m, v̂),  v ← β₂v + (1 − β₂)ũ²,  W ← W − η m̂(ũ) / (√v̂ + ε)
 
     What is accumulated in m is the gradient alone. No step is computed here: where moment and gradient both are ũ, Adam's next
     moment is β₁ũ + (1 − β₁)ũ = ũ, and its step the one that is wanted; afterwards m is put back. At the first step there is no
@@ -134,12 +134,12 @@ class Steering:
 
     @torch.no_grad()
     def before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if any(argument is not None for argument in (*args, *kwargs.values())):
+        if any(argument is not None for argument in (*args[1:], *kwargs.values())):
             raise GossamerError("a closure makes gradients within the step, after they were to be seen: step without one")
         if scaled(self._optimizer):
             raise GossamerError("gradients are scaled until the step: use bfloat16, or an optimizer with fused=False")
         for group in self._optimizer.param_groups:
-            beta = float(group["betas"][0])
+            beta, gamma = map(float, group["betas"])
             for parameter in group["params"]:
                 if parameter.grad is None or parameter not in self._moments:
                     continue
@@ -149,7 +149,8 @@ class Steering:
                     continue
                 moment = state["exp_avg"].lerp_(parameter.grad, 1 - beta)
                 self._true[parameter] = moment.clone()
-                moment.copy_(self._moments[parameter](moment))
+                second = state["exp_avg_sq"] / (1 - gamma ** float(state["step"]))
+                moment.copy_(self._moments[parameter](moment, second))
                 parameter.grad.copy_(moment)
 
     @torch.no_grad()

@@ -23,8 +23,10 @@ class Weight:
         self.parameter: nn.Parameter = getattr(target.module, target.attribute)
         self._homes = [(target.module, target.attribute)]
 
-    def shared_with(self, target: Target) -> None:
-        self._homes.append((target.module, target.attribute))
+    def also_in(self, target: Target) -> None:
+        """Count in another module that holds the same parameter; the same module may stand in several places."""
+        if all(module is not target.module for module, _ in self._homes):
+            self._homes.append((target.module, target.attribute))
 
     def matrices(self, tensor: Tensor) -> Tensor:
         """View a tensor of the parameter's shape as a stack of matrices, (experts or 1, out, in)."""
@@ -71,9 +73,7 @@ def weights_of(model: nn.Module, how: How) -> list[Weight]:
             raise GossamerError(f"{target.name} is offloaded or sharded: a mask is learned of weights that are there whole")
         how.pattern.check(target.matrices().shape[1:], target.name)
         check_finite(target)
-        weight = found.setdefault(id(getattr(target.module, target.attribute)), Weight(target))
-        if weight.name != target.name:
-            weight.shared_with(target)
+        found.setdefault(id(getattr(target.module, target.attribute)), Weight(target)).also_in(target)
     return list(found.values())
 
 

@@ -58,7 +58,7 @@ class AST(Tuner):
     def layer(self, weight: Weight, mask: Tensor) -> Layer:
         return _Masked(weight, mask)
 
-    def moment(self, m: Tensor, w: Tensor, mask: Tensor, step: int, steps: int) -> Tensor:
+    def moment(self, m: Tensor, v: Tensor, w: Tensor, mask: Tensor, step: int, steps: int) -> Tensor:
         ramped = min(step / (self.ramp * steps), 1.0) if self.ramp else 1.0
         return torch.where(mask, m, m.add(w, alpha=self.decay * ramped))
 

@@ -27,8 +27,8 @@ class CAST(Tuner):
     than its magnitude, and what it has not lost by then is lost at once in the end: start from a pruned model, or train long.
 
     Args:
-        decay: λ; None takes the root mean square of the weight's m at each step, as the paper wants λ of the order of the
-            gradient and gives a number for each of its models (4e-7 for one of 7 billion parameters).
+        decay: λ; None takes the square root of the mean v̂ of the entries in the mask, for each weight and step, as the paper
+            wants λ of the order of the gradient and gives a number for each of its models (4e-7 for 7 billion parameters).
         scales: factors a row.
         every: steps from one mask to the next.
 
@@ -63,10 +63,10 @@ class CAST(Tuner):
     def layer(self, weight: Weight, mask: Tensor) -> Layer:
         return _Scaled(weight, mask, self.scales)
 
-    def moment(self, m: Tensor, w: Tensor, mask: Tensor, step: int, steps: int) -> Tensor:
+    def moment(self, m: Tensor, v: Tensor, w: Tensor, mask: Tensor, step: int, steps: int) -> Tensor:
         alpha = min(step / steps, 1.0)
-        scale = m.float().square().mean().sqrt().to(m.dtype) if self.decay is None else self.decay
-        return torch.where(mask, m, m * (1 - alpha) + w.sign() * (alpha * scale))
+        decay = ((v * mask).sum() / mask.sum()).sqrt() if self.decay is None else self.decay
+        return torch.where(mask, m, (1 - alpha) * m + alpha * decay * w.sign())
 
 
 class _Scaled(Layer):

@@ -112,6 +112,28 @@ def test_trainer(method: str, optim: str, dense: Any, pruned: Any, tmp_path: Pat
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_trainer_resumes_bit_for_bit(method: str, dense: Any, pruned: Any, tmp_path: Path) -> None:
+    from transformers import TrainerCallback
+
+    def begin(**more: Any) -> Any:
+        tuning = gossamer.tune(copy.deepcopy(pruned), method, "2:4", steps=4, teacher=dense)
+        ours = trainer(tuning.model, tmp_path, **more)
+        return tuning.attach(ours.create_optimizer()), ours
+
+    class Save(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            torch.save(whole.state_dict(), tmp_path / f"checkpoint-{state.global_step}" / "tuning.pt")
+
+    whole, ours = begin(save_strategy="steps", save_steps=2)
+    ours.add_callback(Save())
+    ours.train()
+    again, ours = begin()
+    again.load_state_dict(torch.load(tmp_path / "checkpoint-2" / "tuning.pt"))
+    ours.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert equal(whole.finish(), again.finish())
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_accelerate(method: str, dense: Any) -> None:
     from accelerate import Accelerator
     from accelerate.state import GradientState

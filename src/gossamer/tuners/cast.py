@@ -10,7 +10,7 @@ from gossamer.core.pattern import NM, Block, Pattern, Unstructured
 from gossamer.core.spec import spec
 from gossamer.core.tuner import How, Tuner, Tuning
 from gossamer.tuners._steered import Layer, Steered
-from gossamer.tuners._weights import Weight, weights_of
+from gossamer.tuners._weights import Weight
 
 
 @spec
@@ -55,9 +55,6 @@ class CAST(Tuner):
             raise GossamerError(f"CAST wants decay ≥ 0, scales ≥ 1, every ≥ 1; got {self.decay}, {self.scales}, {self.every}")
 
     def start(self, model: nn.Module, how: How) -> Tuning:
-        for weight in weights_of(model, how):
-            if (columns := weight.matrices(weight.parameter).shape[-1]) % self.scales:
-                raise GossamerError(f"{weight.name}: {self.scales} scales a row do not divide its {columns} columns")
         return Steered(model, how, self, soft=True)
 
     def layer(self, weight: Weight, mask: Tensor) -> Layer:
@@ -73,7 +70,9 @@ class _Scaled(Layer):
     def __init__(self, weight: Weight, mask: Tensor, scales: int) -> None:
         super().__init__(weight, mask)
         self._weight = weight
-        matrices = weight.matrices(weight.parameter)
+        matrices = weight.matrices(weight.parameter.detach())
+        if (columns := matrices.shape[-1]) % scales:
+            raise GossamerError(f"{weight.name}: {scales} scales a row do not divide its {columns} columns")
         self.scale = nn.Parameter(matrices.new_ones(*matrices.shape[:-1], scales))  # (experts or 1, out, scales)
 
     def forward(self, w: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ class MaskLLM(Tuner):
     prior: float = 3.0
     regularizer: float = 1e-5
     seed: int = 0
-    rate: ClassVar[float] = 5e-4
+    rate: ClassVar[float] = 2e-3
     chooses: ClassVar[bool] = True
     patterns: ClassVar[tuple[type[Pattern], ...]] = (NM,)
 

@@ -152,13 +152,14 @@ def test_accelerate(method: str, dense: Any) -> None:
     check_plain(tuning.finish())
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of the method's name, by the release
 @pytest.mark.parametrize("method", METHODS)
 def test_activation_checkpointing_sees_the_same_mask(method: str, dense: Any) -> None:
     tuning = gossamer.tune(dense, method, "2:4", steps=4)
     loss_of(dense).backward()
     expected = [p.grad.clone() for p in tuning.parameters()]
     dense.zero_grad()
-    dense.gradient_checkpointing_enable()
+    dense.gradient_checkpointing_enable({"use_reentrant": False})
     loss_of(dense).backward()
     assert all(torch.allclose(p.grad, g, atol=1e-7) for p, g in zip(tuning.parameters(), expected, strict=True))
 

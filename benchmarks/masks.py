@@ -18,6 +18,7 @@ import gossamer
 from gossamer.data import calibration, evaluation, texts, windows
 from gossamer.evaluate import perplexity
 from gossamer.models import causal_lm, resolve, tokenizer
+from gossamer.sites._walk import targets
 from gossamer.tuning import tuner_of
 
 
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--rate", help="learning rates, one for each method, separated by ;; by default each method's own")
+    parser.add_argument("--last", type=float, default=0.0, help="the last step's rate, as a part of the rate")
     parser.add_argument("--loss", default="1,1,0", help="weights of task, logits and hidden states")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
@@ -65,7 +67,7 @@ def main() -> None:
 
 
 def train(method: str, rate: float, student: Any, teacher: Any, text: Any, held_out: Any, args: Any) -> dict[str, float]:
-    """Train one copy by one method; seconds are those of the steps alone."""
+    """Train one copy by one method; seconds are those of the steps alone, the CPU's peak is that of all methods so far."""
     chooses = tuner_of(method).chooses
     cuda = args.device.startswith("cuda")
     if cuda:
@@ -74,7 +76,9 @@ def train(method: str, rate: float, student: Any, teacher: Any, text: Any, held_
     optimizer = torch.optim.AdamW(tuning.parameters(), lr=rate, weight_decay=0.0, fused=True)
     tuning.attach(optimizer)
     warm = max(args.steps // 10, 1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / warm, max(1 - i / args.steps, 0.0)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min((i + 1) / warm, 1 - (1 - args.last) * min(i / args.steps, 1.0))
+    )
     order = torch.Generator().manual_seed(0)
     task, logits, hidden = map(float, args.loss.split(","))
     tuning.model.train()
@@ -88,12 +92,13 @@ def train(method: str, rate: float, student: Any, teacher: Any, text: Any, held_
             optimizer.zero_grad()
             schedule.step()
             if step % max(args.steps // 10, 1) == 0:
-                print(f"<!-- {method} {step} { ({k: round(v.item(), 3) for k, v in loss.parts.items()}) } -->", flush=True)
+                parts = ", ".join(f"{name} {part.item():.3f}" for name, part in loss.parts.items())
+                print(f"<!-- {method}, step {step}: {parts} -->", flush=True)
     seconds = time.perf_counter() - started
     peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     unfinished = perplexity(tuning.model.eval(), held_out)["perplexity"]
     model = tuning.finish()
-    pruned = [w for n, w in model.named_parameters() if n.endswith("proj.weight")]
+    pruned = [target.parameter for target in targets(model)]
     zeros = sum(int((w == 0).sum()) for w in pruned) / sum(w.numel() for w in pruned)
     finished = perplexity(model, held_out)["perplexity"]
     return {"seconds": seconds, "peak": peak / 1e9, "unfinished": unfinished, "finished": finished, "zeros": zeros}

@@ -22,8 +22,8 @@ class AST(Tuner):
 
         ũ = m + λ(t) W ⊙ ¬M,   v ← β₂v + (1 − β₂)ũ²,   W ← W − η ũ̂ / (√v̂ + ε)
 
-    so the decay is scaled as a gradient is, and is not accumulated in m. v of ũ is less than v of g: updates are up to four
-    times those of plain Adam, and the rate wants a warm-up.
+    so the decay is scaled as a gradient is, and is not accumulated in m. v of ũ is less than v of g: where g is noise, updates
+    are √((1 + β₁) / (1 − β₁)) = 4.4 times those of plain Adam. The first step is Adam's own; the rate wants a warm-up.
 
     Args:
         decay: λ at its largest.

@@ -46,7 +46,7 @@ class CAST(Tuner):
     decay: float | None = None
     scales: int = 2
     every: int = 10
-    rate: ClassVar[float] = 1e-4
+    rate: ClassVar[float] = 3e-4
     chooses: ClassVar[bool] = True
     patterns: ClassVar[tuple[type[Pattern], ...]] = (NM, Unstructured, Block)
 

@@ -19,12 +19,14 @@ from gossamer.sites.packing import pack, unpack
 from gossamer.sites.weights import prune
 from gossamer.solvers import Mask, SparseGPT
 from gossamer.speed import bench
-from gossamer.tuners import Full
+from gossamer.tuners import AST, CAST, Full, MaskLLM
 from gossamer.tuning import tune
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AST",
+    "CAST",
     "NM",
     "RIA",
     "Block",
@@ -38,6 +40,7 @@ __all__ = [
     "Linear",
     "Magnitude",
     "Mask",
+    "MaskLLM",
     "Pattern",
     "Random",
     "Report",

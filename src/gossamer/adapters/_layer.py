@@ -24,6 +24,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     """
 
     adapter_layer_names = ("gossamer_adapter",)
+    active_adapters: Any  # peft's, a list of names
 
     def __init__(self, base_layer: nn.Module, name: str, merges: dict[str, dict[str, float]]) -> None:
         super().__init__()
@@ -36,8 +37,9 @@ class SparseLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     @property
     def w(self) -> Tensor:
         """The base's weight as it is now, (out, in) however it is stored."""
-        weight: Tensor = self.base_layer.weight
-        return weight.t() if isinstance(self.base_layer, Conv1D) else weight
+        weight: Any = self.base_layer.weight
+        found: Tensor = weight.t() if isinstance(self.base_layer, Conv1D) else weight
+        return found
 
     def adapters(self, names: Sequence[str]) -> list[Adapter]:
         """Return the adapters of these names that this layer has."""

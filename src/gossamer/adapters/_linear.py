@@ -23,7 +23,7 @@ class Adapter(nn.Module):
     exact: ClassVar[bool] = True
     mask: Tensor
 
-    def __init__(self, w: Tensor) -> None:
+    def __init__(self, config: Any, w: Tensor) -> None:
         super().__init__()
         self.register_buffer("mask", fingerprint(w))
 
@@ -43,7 +43,8 @@ class Adapter(nn.Module):
 
     def effective(self, w: Tensor) -> Tensor:
         """Return W' by plain autograd: for several adapters at once, for merging, and for a W that trains too."""
-        return self.weight(w, *(p.to(w.dtype) for p in self.parameters()), *self.constants(w))
+        with torch.autocast(w.device.type, enabled=False):
+            return self.weight(w, *cast(self.parameters(), w), *self.constants(w))
 
     def merged(self, w: Tensor) -> Tensor:
         """Return W' as it is merged: the zeros are W's, to the bit, whatever the adapter holds."""
@@ -53,8 +54,12 @@ class Adapter(nn.Module):
         if torch.is_grad_enabled() and w.requires_grad:
             return F.linear(x, self.effective(w), bias)
         parameters = tuple(self.parameters())
-        product: Tensor = Recomputed.apply(x, w, bias, type(self), len(parameters), *parameters, *self.constants(w))
+        apply: Any = Recomputed.apply  # torch leaves it without types
+        product: Tensor = apply(x, w, bias, type(self), len(parameters), *parameters, *self.constants(w))
         return product
+
+    def advance(self) -> None:
+        """Count an optimizer step, where there is a schedule."""
 
 
 class Recomputed(torch.autograd.Function):
@@ -63,35 +68,30 @@ class Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, method: type[Adapter], count: int, *given: Any) -> Tensor:
         device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else w.dtype
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         ctx.method, ctx.count, ctx.dtype = method, count, dtype
         ctx.scalars = [thing for thing in given if not isinstance(thing, Tensor)]
         ctx.save_for_backward(x, w, *(thing for thing in given if isinstance(thing, Tensor)))
         with torch.autocast(device, enabled=False):
-            product = F.linear(_under(x, w, dtype), method.weight(w, *_cast(given, w)).to(dtype))
-            return product if bias is None else product.add_(bias)
+            weight = method.weight(w, *cast(given, w))
+            return F.linear(x.to(dtype=dtype), weight.to(dtype=dtype), None if bias is None else bias.to(dtype=dtype))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, w, *tensors = ctx.saved_tensors
-        given, needs = [*_cast(tensors, w), *ctx.scalars], ctx.needs_input_grad
+        given, needs = [*cast(tensors, w), *ctx.scalars], ctx.needs_input_grad
         with torch.autocast(x.device.type, enabled=False):
-            dx = dy @ ctx.method.weight(w, *given).to(ctx.dtype) if needs[0] else None
+            dx = dy @ ctx.method.weight(w, *given).to(dtype=ctx.dtype) if needs[0] else None
             rows = dy.reshape(-1, dy.shape[-1])
             found: tuple[Tensor | None, ...] = (None,) * ctx.count
             if any(needs[5:]):
-                g = rows.t() @ _under(x, w, ctx.dtype).reshape(-1, x.shape[-1])
+                g = rows.t() @ x.to(dtype=ctx.dtype).reshape(-1, x.shape[-1])
                 found = ctx.method.gradients(g.to(w.dtype), w, *given)
             rest = len(tensors) + len(ctx.scalars) - ctx.count
             return dx, None, rows.sum(0) if needs[2] else None, None, None, *found, *(None,) * rest
 
 
-def _under(x: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast as autocast would; without it leave x alone, so that an input of another dtype is the error it always is."""
-    return x if dtype == w.dtype else x.to(dtype)
-
-
-def _cast(given: Any, w: Tensor) -> list[Any]:
+def cast(given: Any, w: Tensor) -> list[Any]:
     """Give the parameters W's dtype: they are small, W is not, and W' is rounded to it anyway once it is merged."""
     return [t.to(w.dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in given]
 

@@ -40,7 +40,7 @@ class SparseTuner(BaseTuner):  # type: ignore[misc]
             fit = [t for t in chosen if not config.adapter.keeps or not bool(t.parameter.all())]
             if not fit:
                 raise _no_zeros(config, len(chosen))
-            config.target_modules = {t.name.removesuffix(".weight").removesuffix(".base_layer") for t in fit}
+            config.target_modules = [t.name.removesuffix(".weight").removesuffix(".base_layer") for t in fit]
         return config
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -62,21 +62,19 @@ class SparseTuner(BaseTuner):  # type: ignore[misc]
     def _create_and_replace(
         self, config: SparseConfig, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, current_key: str
     ) -> None:
-        layer = target
-        if not isinstance(layer, SparseLayer):
-            if not isinstance(target, nn.Linear | Conv1D) or not target.weight.is_floating_point():
-                raise GossamerError(
-                    f"{current_key} is a {type(target).__name__}: {config.method.value} adapts Linear and Conv1D"
-                )
+        if isinstance(target, SparseLayer):
+            layer = target
+        elif isinstance(target, nn.Linear | Conv1D) and target.weight.is_floating_point():
             layer = SparseLayer(target, current_key, self.merges)
             layer.train(target.training)
+        else:
+            raise GossamerError(f"{current_key} is a {type(target).__name__}: {config.method.value} adapts Linear and Conv1D")
         try:
             layer.gossamer_adapter[adapter_name] = config.adapter(config, layer.w)
         except GossamerError as error:
             raise GossamerError(f"{current_key}: {error}") from None
         layer._move_adapter_to_device_of_base_layer(adapter_name)
         if layer is not target:
-            layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
         layer.set_adapter(self.active_adapters)
 
@@ -161,8 +159,7 @@ class SparseTuner(BaseTuner):  # type: ignore[misc]
         def count(*_: Any) -> None:
             for layer in self.layers:
                 for adapter in layer.adapters(layer.active_adapters):
-                    if hasattr(adapter, "step"):
-                        adapter.step += 1
+                    adapter.advance()
 
         return optimizer.register_step_post_hook(count)
 

@@ -17,7 +17,7 @@ class LoRAPrune(Adapter):
     exact: ClassVar[bool] = False
 
     def __init__(self, config: Any, w: Tensor) -> None:
-        super().__init__(w)
+        super().__init__(config, w)
         out, in_ = w.shape
         self.scale = config.alpha / config.r
         self.B = nn.Parameter(torch.zeros(out, config.r))
@@ -27,13 +27,13 @@ class LoRAPrune(Adapter):
         return (self.scale,)
 
     @staticmethod
-    def weight(w: Tensor, b: Tensor, a: Tensor, s: float) -> Tensor:  # type: ignore[override]
+    def weight(w: Tensor, b: Tensor, a: Tensor, s: float) -> Tensor:
         return torch.addmm(w, b, a, alpha=s)
 
     def forward(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         update = F.linear(F.linear(x.to(self.A.dtype), self.A), self.B) * self.scale
-        product = F.linear(x, w, bias)
-        return product + update.to(product.dtype)
+        product: Tensor = F.linear(x, w, bias)
+        return product.add(update)
 
 
 @dataclass

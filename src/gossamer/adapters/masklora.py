@@ -14,7 +14,7 @@ class MaskLoRA(Adapter):
     """W' = W + s·M⊙(BA), with M = (W ≠ 0) and s = alpha / r; B = 0 at the start."""
 
     def __init__(self, config: Any, w: Tensor) -> None:
-        super().__init__(w)
+        super().__init__(config, w)
         out, in_ = w.shape
         self.scale = config.alpha / config.r
         self.B = nn.Parameter(torch.zeros(out, config.r))
@@ -24,11 +24,11 @@ class MaskLoRA(Adapter):
         return (self.scale,)
 
     @staticmethod
-    def weight(w: Tensor, b: Tensor, a: Tensor, s: float) -> Tensor:  # type: ignore[override]
+    def weight(w: Tensor, b: Tensor, a: Tensor, s: float) -> Tensor:
         return torch.addmm(w, b, a, alpha=s).mul_(ones_where_kept(w))
 
     @staticmethod
-    def gradients(g: Tensor, w: Tensor, b: Tensor, a: Tensor, s: float) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def gradients(g: Tensor, w: Tensor, b: Tensor, a: Tensor, s: float) -> tuple[Tensor, Tensor]:
         g = g.mul_(ones_where_kept(w))
         return (g @ a.t()).mul_(s), (b.t() @ g).mul_(s)
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.adapters._config import Method, SparseConfig, check_rank
-from gossamer.adapters._linear import Adapter
+from gossamer.adapters._linear import Adapter, cast
 from gossamer.core.errors import GossamerError
-from gossamer.core.pattern import Unstructured
+from gossamer.core.pattern import Pattern, Unstructured
 from gossamer.core.schedule import Cubic
 from gossamer.sites._job import pattern_of
 
@@ -21,9 +21,10 @@ class PST(Adapter):
     step: Tensor
 
     def __init__(self, config: Any, w: Tensor) -> None:
-        super().__init__(w)
+        super().__init__(config, w)
         (out, in_), r = w.shape, config.r
-        self.pattern, self.sparsity, self.progress = config.shape, config.shape.resolve(config.sparsity), config.progress
+        self.pattern: Pattern = config.shape
+        self.sparsity, self.progress = self.pattern.resolve(config.sparsity), config.progress
         self.pattern.check(w.shape, "it")
         self.factors = config.beta, config.alpha1, config.alpha2
         self.U, self.V = nn.Parameter(torch.randn(out, r)), nn.Parameter(torch.zeros(r, in_))
@@ -31,17 +32,20 @@ class PST(Adapter):
         self.R, self.C = nn.Parameter(torch.zeros(out)), nn.Parameter(torch.zeros(in_))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
+    def advance(self) -> None:
+        self.step += 1
+
     @torch.no_grad()
     def scores(self, w: Tensor) -> Tensor:
         beta, alpha1, alpha2 = self.factors
         u, v, a, b, r, c = (p.float() for p in self.parameters())
         with torch.autocast(w.device.type, enabled=False):
-            score = torch.addmm(w.float(), u, v, alpha=beta).abs_()
+            score: Tensor = torch.addmm(w.float(), u, v, alpha=beta).abs_()
             return score.addmm_(a, b, alpha=alpha1).add_(r[:, None] + c, alpha=alpha2)
 
     def merged(self, w: Tensor) -> Tensor:
         mask = self.pattern.select(self.scores(w), self.sparsity)
-        return torch.where(mask, self.weight(w, *(p.to(w.dtype) for p in self.parameters()), mask, *self.factors), 0)
+        return torch.where(mask, self.weight(w, *cast(self.parameters(), w), mask, *self.factors), 0)
 
     def scheduled(self, w: Tensor) -> Tensor:
         """Return the mask of the step in hand: S's best, of which there are fewer the further the schedule is.
@@ -51,7 +55,7 @@ class PST(Adapter):
         done, scores = self.progress(int(self.step)), self.scores(w)
         if self.sparsity is not None and self.pattern.sparsity is None:
             return self.pattern.select(scores, done * self.sparsity)
-        mask = self.pattern.select(scores, self.sparsity)
+        mask: Tensor = self.pattern.select(scores, self.sparsity)
         if done < 1:
             spared = round((1 - done) * int((~mask).sum()))
             late = scores.masked_fill(mask, -torch.inf).flatten().topk(spared).indices
@@ -129,7 +133,7 @@ class PSTConfig(SparseConfig):
         pattern_of(self.pattern).resolve(self.sparsity)
 
     @property
-    def shape(self) -> Any:
+    def shape(self) -> Pattern:
         """The pattern; the tensor is what competes where the pattern leaves that open."""
         shape = pattern_of(self.pattern)
         return Unstructured("tensor") if shape == Unstructured() else shape

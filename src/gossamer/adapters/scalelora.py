@@ -14,17 +14,17 @@ class ScaleLoRA(Adapter):
     """W' = W ⊙ (BA), with BA = 1 exactly at the start: B's first column and A's first row are ones, B is zero elsewhere."""
 
     def __init__(self, config: Any, w: Tensor) -> None:
-        super().__init__(w)
+        super().__init__(config, w)
         out, in_ = w.shape
         self.B = nn.Parameter(torch.cat([torch.ones(out, 1), torch.zeros(out, config.r - 1)], 1))
         self.A = nn.Parameter(torch.cat([torch.ones(1, in_), lora_a(config.r - 1, in_)]))
 
     @staticmethod
-    def weight(w: Tensor, b: Tensor, a: Tensor) -> Tensor:  # type: ignore[override]
+    def weight(w: Tensor, b: Tensor, a: Tensor) -> Tensor:
         return (b @ a) * w
 
     @staticmethod
-    def gradients(g: Tensor, w: Tensor, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def gradients(g: Tensor, w: Tensor, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
         g = g.mul_(w)
         return g @ a.t(), b.t() @ g
 

@@ -15,7 +15,7 @@ class SPP(Adapter):
     """W' = W + s·W ⊙ (repeat(α)·β), α (r, in), β (out, 1) and 0 at the start; output i takes row ⌊i·r / out⌋ of α."""
 
     def __init__(self, config: Any, w: Tensor) -> None:
-        super().__init__(w)
+        super().__init__(config, w)
         out, in_ = w.shape
         if config.r > out:
             raise GossamerError(f"SPP shares each of r rows among outputs, so r is at most their number, {out}, not {config.r}")
@@ -27,11 +27,11 @@ class SPP(Adapter):
         return (self.scale,)
 
     @staticmethod
-    def weight(w: Tensor, alpha: Tensor, beta: Tensor, s: float) -> Tensor:  # type: ignore[override]
+    def weight(w: Tensor, alpha: Tensor, beta: Tensor, s: float) -> Tensor:
         return torch.addcmul(w, w, alpha[_row_of(w, alpha)] * beta, value=s)
 
     @staticmethod
-    def gradients(g: Tensor, w: Tensor, alpha: Tensor, beta: Tensor, s: float) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def gradients(g: Tensor, w: Tensor, alpha: Tensor, beta: Tensor, s: float) -> tuple[Tensor, Tensor]:
         rows, g = _row_of(w, alpha), g.mul_(w)
         d_alpha = torch.zeros_like(alpha).index_add_(0, rows, g * beta, alpha=s)
         return d_alpha, (g * alpha[rows]).sum(1, keepdim=True).mul_(s)

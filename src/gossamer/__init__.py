@@ -9,6 +9,7 @@ from gossamer.core.solver import Solver
 from gossamer.core.stats import Stats
 from gossamer.core.tuner import Tuner, Tuning
 from gossamer.forecast import plan
+from gossamer.merging import merge
 from gossamer.models import load
 from gossamer.scores import RIA, Gradient, Magnitude, Random, Wanda
 from gossamer.sites.checkpoint import prune_checkpoint, save, unpack_checkpoint
@@ -18,14 +19,17 @@ from gossamer.sites.packing import pack, unpack
 from gossamer.sites.weights import prune
 from gossamer.solvers import Mask, SparseGPT
 from gossamer.speed import bench
-from gossamer.tuners import Full
+from gossamer.tuners import PERP, PST, SPP, Full, LoRAPrune, MaskLoRA, ScaleLoRA
 from gossamer.tuning import tune
 
 __version__ = "0.1.0"
 
 __all__ = [
     "NM",
+    "PERP",
+    "PST",
     "RIA",
+    "SPP",
     "Block",
     "Channel",
     "Constant",
@@ -35,11 +39,14 @@ __all__ = [
     "GossamerError",
     "Gradient",
     "Linear",
+    "LoRAPrune",
     "Magnitude",
     "Mask",
+    "MaskLoRA",
     "Pattern",
     "Random",
     "Report",
+    "ScaleLoRA",
     "Score",
     "Solver",
     "SparseGPT",
@@ -54,6 +61,7 @@ __all__ = [
     "distill",
     "hold",
     "load",
+    "merge",
     "pack",
     "plan",
     "prune",

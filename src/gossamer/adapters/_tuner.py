@@ -62,13 +62,11 @@ class SparseTuner(BaseTuner):  # type: ignore[misc]
     def _create_and_replace(
         self, config: SparseConfig, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, current_key: str
     ) -> None:
-        if isinstance(target, SparseLayer):
-            layer = target
-        elif isinstance(target, nn.Linear | Conv1D) and target.weight.is_floating_point():
-            layer = SparseLayer(target, current_key, self.merges)
-            layer.train(target.training)
-        else:
+        layer: Any = target  # in the end, the layer around the target
+        if not isinstance(target, SparseLayer | nn.Linear | Conv1D) or not layer.weight.is_floating_point():
             raise GossamerError(f"{current_key} is a {type(target).__name__}: {config.method.value} adapts Linear and Conv1D")
+        if not isinstance(target, SparseLayer):
+            layer = SparseLayer(target, current_key, self.merges).train(target.training)
         try:
             layer.gossamer_adapter[adapter_name] = config.adapter(config, layer.w)
         except GossamerError as error:
@@ -81,7 +79,8 @@ class SparseTuner(BaseTuner):  # type: ignore[misc]
     def _withdraw(self, adapter_name: str) -> None:
         """Undo an adapter that was refused."""
         for name, layer in [(n, m) for n, m in self.model.named_modules() if isinstance(m, SparseLayer)]:
-            layer.gossamer_adapter.pop(adapter_name) if adapter_name in layer.gossamer_adapter else None
+            if adapter_name in layer.gossamer_adapter:
+                del layer.gossamer_adapter[adapter_name]
             if not layer.gossamer_adapter:
                 parent, _, child = name.rpartition(".")
                 setattr(self.model.get_submodule(parent), child, layer.base_layer)
@@ -112,7 +111,7 @@ class SparseTuner(BaseTuner):  # type: ignore[misc]
     # Merging
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        self._check_zeros(adapter_names)
+        self.check_zeros(adapter_names)
         self.merges.clear()
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
         self._say()
@@ -121,13 +120,14 @@ class SparseTuner(BaseTuner):  # type: ignore[misc]
         self, merge: bool = True, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
         if merge:
-            self._check_zeros(adapter_names)
+            self.check_zeros(adapter_names)
         self.merges.clear()
         model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         self._say()
         return model
 
-    def _check_zeros(self, names: Sequence[str] | None) -> None:
+    def check_zeros(self, names: Sequence[str] | None = None) -> None:
+        """Raise GossamerError if a base has other zeros than those that an adapter was made on."""
         changed = [layer.name for layer in self.layers if layer.is_changed(layer.active_adapters if names is None else names)]
         if changed:
             raise other_zeros(changed)

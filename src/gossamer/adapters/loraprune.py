@@ -33,7 +33,7 @@ class LoRAPrune(Adapter):
     def forward(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         update = F.linear(F.linear(x.to(self.A.dtype), self.A), self.B) * self.scale
         product: Tensor = F.linear(x, w, bias)
-        return product.add(update)
+        return product.add_(update.to(product.dtype))
 
 
 @dataclass

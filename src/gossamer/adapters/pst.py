@@ -45,7 +45,8 @@ class PST(Adapter):
 
     def merged(self, w: Tensor) -> Tensor:
         mask = self.pattern.select(self.scores(w), self.sparsity)
-        return torch.where(mask, self.weight(w, *cast(self.parameters(), w), mask, *self.factors), 0)
+        parameters: list[Any] = [*cast(self.parameters(), w), mask, *self.factors]
+        return torch.where(mask, self.weight(w, *parameters), 0)
 
     def scheduled(self, w: Tensor) -> Tensor:
         """Return the mask of the step in hand: S's best, of which there are fewer the further the schedule is.
@@ -107,7 +108,7 @@ class PSTConfig(SparseConfig):
 
     Source: PST (Li et al., 2022, arXiv:2205.11005).
 
-    >>> PSTConfig(steps=100, pattern="2:4").progress(55)
+    >>> PSTConfig(steps=100, pattern="2:4").progress(50)
     0.875
     """
 

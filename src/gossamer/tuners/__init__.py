@@ -1,5 +1,11 @@
 """Published ways of training a sparse model, one file each."""
 
 from gossamer.tuners.full import Full
+from gossamer.tuners.loraprune import LoRAPrune
+from gossamer.tuners.masklora import MaskLoRA
+from gossamer.tuners.perp import PERP
+from gossamer.tuners.pst import PST
+from gossamer.tuners.scalelora import ScaleLoRA
+from gossamer.tuners.spp import SPP
 
-__all__ = ["Full"]
+__all__ = ["PERP", "PST", "SPP", "Full", "LoRAPrune", "MaskLoRA", "ScaleLoRA"]

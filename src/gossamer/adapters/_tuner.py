@@ -84,6 +84,7 @@ class SparseTuner(BaseTuner):  # type: ignore[misc]
             if not layer.gossamer_adapter:
                 parent, _, child = name.rpartition(".")
                 setattr(self.model.get_submodule(parent), child, layer.base_layer)
+        self.peft_config.pop(adapter_name, None)
         if not self.layers and hasattr(self.model, "peft_config"):
             del self.model.peft_config
 

@@ -167,7 +167,7 @@ def test_merge_puts_the_zeros_back_and_says_what_it_costs(family: str, kind: str
     assert report.totals["sparsity"] == 0.5
     assert [row["zeroed"] for row in report.weights] == [0] * len(report.weights)
     errors = {row["name"]: row["weight_error"] for row in report.weights}
-    assert set(errors) == set(n for n in before if "embed" not in n and "wte" not in n and "wpe" not in n)
+    assert set(errors) == {n for n in before if "embed" not in n and "wte" not in n and "wpe" not in n}
     assert all(("output_error" in row) == data for row in report.weights)
     if kind == "MaskLoRA":
         assert set(errors.values()) == {0.0}
@@ -198,7 +198,7 @@ def test_the_output_error_by_hand() -> None:
 
 def test_what_merge_refuses() -> None:
     base = pruned()
-    with pytest.raises(GossamerError, match="merge wants a peft model, .* not a Llama"):
+    with pytest.raises(GossamerError, match=r"merge wants a peft model, .* not a Llama"):
         gossamer.merge(base)
     model = peft.get_peft_model(causal("llama"), peft.LoraConfig(target_modules=["up_proj"]))
     with pytest.raises(GossamerError, match=r"none of the 2 adapted weights has zeros to keep: model\.merge_and_unload\(\)"):

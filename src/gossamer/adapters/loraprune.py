@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gossamer.adapters._config import Method, SparseConfig, check_rank
-from gossamer.adapters._linear import Adapter, lora_a
+from gossamer.adapters._linear import Adapter, lora_a, plus_product
 
 
 class LoRAPrune(Adapter):
@@ -28,7 +28,7 @@ class LoRAPrune(Adapter):
 
     @staticmethod
     def weight(w: Tensor, b: Tensor, a: Tensor, s: float) -> Tensor:
-        return torch.addmm(w, b, a, alpha=s)
+        return plus_product(w, b, a, s)
 
     def forward(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         update = F.linear(F.linear(x.to(self.A.dtype), self.A), self.B) * self.scale

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.adapters._config import Method, SparseConfig, check_rank
-from gossamer.adapters._linear import Adapter, lora_a, ones_where_kept
+from gossamer.adapters._linear import Adapter, lora_a, masked, plus_product
 
 
 class MaskLoRA(Adapter):
@@ -25,11 +25,11 @@ class MaskLoRA(Adapter):
 
     @staticmethod
     def weight(w: Tensor, b: Tensor, a: Tensor, s: float) -> Tensor:
-        return torch.addmm(w, b, a, alpha=s).mul_(ones_where_kept(w))
+        return masked(plus_product(w, b, a, s), w)
 
     @staticmethod
     def gradients(g: Tensor, w: Tensor, b: Tensor, a: Tensor, s: float) -> tuple[Tensor, Tensor]:
-        g = g.mul_(ones_where_kept(w))
+        g = masked(g, w)
         return (g @ a.t()).mul_(s), (b.t() @ g).mul_(s)
 
 

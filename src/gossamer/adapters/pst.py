@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.adapters._config import Method, SparseConfig, check_rank
-from gossamer.adapters._linear import Adapter, cast
+from gossamer.adapters._linear import Adapter, cast, plus_product
 from gossamer.core.errors import GossamerError
 from gossamer.core.pattern import Pattern, Unstructured
 from gossamer.core.schedule import Cubic
@@ -70,14 +70,14 @@ class PST(Adapter):
     def weight(
         w: Tensor, u: Tensor, v: Tensor, a: Tensor, b: Tensor, r: Tensor, c: Tensor, mask: Tensor, *factors: float
     ) -> Tensor:
-        return torch.addmm(w, u, v, alpha=factors[0]) * mask.view(torch.int8)
+        return plus_product(w, u, v, factors[0]) * mask.view(torch.int8)
 
     @staticmethod
     def gradients(
         g: Tensor, w: Tensor, u: Tensor, v: Tensor, a: Tensor, b: Tensor, r: Tensor, c: Tensor, mask: Tensor, *factors: float
     ) -> tuple[Tensor, ...]:
         beta, alpha1, alpha2 = factors
-        full = torch.addmm(w, u, v, alpha=beta)
+        full = plus_product(w, u, v, beta)
         ds = g * full  # straight through: M's gradient is taken for S's
         d = g.mul_(mask.view(torch.int8)).add_(ds * full.sign())
         return (

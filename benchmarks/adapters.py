@@ -1,6 +1,6 @@
 """A training step of the sparse adapters against peft's LoRA: python benchmarks/adapters.py [--model smollm2] [--device cuda]
 
-A step is forward, backward and AdamW on the adapter. Steps of the methods alternate in one process, and the figures are medians;
+A step is forward, backward and AdamW on the adapter. Steps of the methods alternate in one process; the figures are medians;
 a ratio is the median of the ratios within a round. Memory is the peak of three steps in a process that does nothing else, the
 model included. FLOPs are counted, not estimated: a masked update needs the gradient of the whole weight, which is a third
 product of that size where LoRA has two.

@@ -258,16 +258,17 @@ def test_modules_to_save_are_trained_and_saved_too(tmp_path: Path) -> None:
     assert not torch.equal(again.merge_and_unload().lm_head.weight, causal("llama").lm_head.weight)
 
 
-def checkpointed(model: Any) -> Any:
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+def checkpointed(model: Any, reentrant: bool) -> Any:
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     return model
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # transformers' method is to be renamed
+@pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("name", METHODS)
-def test_gradient_checkpointing(name: str) -> None:
+def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
     losses = []
-    for wrap in (lambda model: model, checkpointed):
+    for wrap in (lambda model: model, lambda model: checkpointed(model, reentrant)):
         torch.manual_seed(0)
         model = peft.get_peft_model(wrap(pruned()), config(name))
         losses.append(train(model))
@@ -293,6 +294,24 @@ def test_trainer(name: str, tmp_path: Path) -> None:
     assert not torch.equal(logits(saved), logits(base))
     after = weights(model.merge_and_unload())
     assert name == "PST" or same_zeros(before, after)
+
+
+@pytest.mark.parametrize("name", ["MaskLoRA", "PST"])
+def test_the_trainer_resumes(name: str, tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    rows = [{"input_ids": row, "labels": row} for row in ids(16)]
+    quiet = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "logging_strategy": "no", "dataloader_pin_memory": False}
+    settings = {"max_steps": 4, "learning_rate": 1e-2, "save_steps": 2, "per_device_train_batch_size": 2, **quiet}
+    results = []
+    for checkpoint in (None, str(tmp_path / "checkpoint-2")):
+        torch.manual_seed(0)
+        model = peft.get_peft_model(pruned(), config(name, **({"steps": 4} if name == "PST" else {})))
+        trainer = Trainer(model, TrainingArguments(str(tmp_path), **settings), train_dataset=rows)
+        model.base_model.follow(trainer.create_optimizer())
+        trainer.train(resume_from_checkpoint=checkpoint)
+        results.append(weights(model.merge_and_unload()))
+    assert all(torch.equal(w, results[1][n]) for n, w in results[0].items())
 
 
 def test_an_adapter_that_broke_is_not_merged() -> None:

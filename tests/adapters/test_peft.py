@@ -314,6 +314,25 @@ def test_the_trainer_resumes(name: str, tmp_path: Path) -> None:
     assert all(torch.equal(w, results[1][n]) for n, w in results[0].items())
 
 
+@pytest.mark.filterwarnings("ignore")  # TRL has warnings of its own, by the release
+def test_trl_takes_the_configuration(tiny_dir: Path, tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    base = gossamer.load(tiny_dir)
+    gossamer.prune(base, "Magnitude", "2:4")
+    before = weights(base)
+    rows = Dataset.from_list([{"text": "The spider spins a thin thread."}] * 8)
+    settings = trl.SFTConfig(str(tmp_path), max_steps=2, use_cpu=True, bf16=False, report_to=[], dataloader_pin_memory=False)
+    tokens = AutoTokenizer.from_pretrained(tiny_dir)
+    trainer = trl.SFTTrainer(base, settings, train_dataset=rows, processing_class=tokens, peft_config=config("MaskLoRA"))
+    trainer.train()
+    after = weights(trainer.model.merge_and_unload())
+    assert same_zeros(before, after)
+    assert not all(torch.equal(before[n], after[n]) for n in before)
+
+
 def test_an_adapter_that_broke_is_not_merged() -> None:
     base = pruned()
     model = tuned(base, "MaskLoRA")

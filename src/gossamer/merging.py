@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gossamer.core.errors import GossamerError
 from gossamer.core.report import Report
+from gossamer.sites._inputs import check_batches
 from gossamer.sites._rows import describe
 
 
@@ -49,11 +50,12 @@ def merge(
     if keep != "mask":
         raise GossamerError(f"keep='mask' is what there is, not {keep!r}; to let the zeros go, use model.merge_and_unload()")
     weights = _adapted(model)
+    batches = _batches(model, data)
     configs: Any = model.peft_config
     method = ", ".join(f"{name}: {config.peft_type.value}" for name, config in configs.items())
     plain = _merged(model, weights)
-    if data is not None:
-        _run(plain, weights, data)
+    if batches:
+        _run(plain, weights, batches)
     rows = [weight.masked() for weight in weights]
     return plain, Report(
         kind="merge",
@@ -102,6 +104,8 @@ def _adapted(model: nn.Module) -> list[_Weight]:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers.pytorch_utils import Conv1D
 
+    from gossamer.adapters._layer import SparseLayer
+
     if not hasattr(model, "merge_and_unload") or not hasattr(model, "peft_config"):
         raise GossamerError(f"merge wants a peft model, with its adapters in it, not a {type(model).__name__}")
     weights = []
@@ -115,9 +119,25 @@ def _adapted(model: nn.Module) -> list[_Weight]:
                 raise GossamerError(f"{name} is quantized: merge into a base in float32, bfloat16 or float16")
             kept = linear.weight.detach() != 0
             weights.append(_Weight(f"{name.removeprefix('base_model.model.')}.weight", layer, kept))
+    if any(isinstance(weight.layer, SparseLayer) and weight.layer.chooses for weight in weights):
+        raise GossamerError("this adapter chooses its own zeros: model.merge_and_unload() makes them")
+    if any(isinstance(weight.layer, SparseLayer) for weight in weights):
+        model.base_model.check_zeros()  # type: ignore[operator, union-attr]
     if all(bool(weight.kept.all()) for weight in weights):
         raise GossamerError(f"none of the {len(weights)} adapted weights has zeros to keep: model.merge_and_unload() merges it")
     return weights
+
+
+def _batches(model: Any, data: Tensor | Iterable[Mapping[str, Any]] | None) -> list[Mapping[str, Any]]:
+    """Return the model's arguments, a sequence at a time where token ids are given."""
+    if isinstance(data, Tensor):
+        if data.ndim != 2 or data.is_floating_point():
+            raise GossamerError(f"token ids are integers of shape (samples, seqlen); got {data.dtype} {tuple(data.shape)}")
+        place = next(model.parameters()).device
+        data = [{"input_ids": row[None].to(place)} for row in data]
+    batches = list(data or [])
+    check_batches(model.get_base_model(), batches)
+    return batches
 
 
 @torch.no_grad()
@@ -126,17 +146,11 @@ def _merged(model: Any, weights: list[_Weight]) -> nn.Module:
     from gossamer.adapters._layer import SparseLayer
 
     ours = [weight for weight in weights if isinstance(weight.layer, SparseLayer)]
-    if ours:
-        model.base_model.check_zeros()
     names = {module: name for name, module in model.named_modules()}
     for weight in ours:  # which would merge with the mask: here they become what was trained
         layer = weight.layer
-        trained = merged = layer.w.detach()
         for adapter in layer.adapters(layer.active_adapters):
-            trained, merged = adapter.effective(trained), adapter.merged(merged)
-            if not adapter.keeps:
-                weight.kept = (merged != 0) if isinstance(weight.linear, nn.Linear) else (merged != 0).t()
-        layer.w.data.copy_(trained)
+            layer.w.data.copy_(adapter.effective(layer.w.detach()))
         parent, _, child = names[layer].rpartition(".")
         setattr(model.get_submodule(parent), child, layer.base_layer)
     plain: nn.Module = model.merge_and_unload()
@@ -144,10 +158,8 @@ def _merged(model: Any, weights: list[_Weight]) -> nn.Module:
 
 
 @torch.no_grad()
-def _run(model: nn.Module, weights: list[_Weight], data: Tensor | Iterable[Mapping[str, Any]]) -> None:
+def _run(model: nn.Module, weights: list[_Weight], batches: list[Mapping[str, Any]]) -> None:
     """Send the data through the model as it was trained, and let every weight see its input."""
-    place = next(model.parameters()).device
-    batches = [{"input_ids": row[None].to(place)} for row in data] if isinstance(data, Tensor) else data
     hooks = [weight.linear.register_forward_hook(weight.see) for weight in weights]
     training = model.training
     model.eval()

@@ -206,6 +206,14 @@ def test_what_merge_refuses() -> None:
     model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["up_proj"]))
     with pytest.raises(GossamerError, match="keep='mask' is what there is, not 'all'"):
         gossamer.merge(model, keep="all")
+    before = weights(model)
+    for data in (torch.rand(2, 4), torch.full((2, 4), 999)):
+        with pytest.raises(GossamerError, match="token id"):
+            gossamer.merge(model, data=data)
+    assert all(torch.equal(w, before[n]) for n, w in weights(model).items())
     model.merge_adapter()
     with pytest.raises(GossamerError, match="merged already"):
+        gossamer.merge(model)
+    model = gossamer.tune(pruned(), "PST", "2:4", steps=1).model
+    with pytest.raises(GossamerError, match="chooses its own zeros"):
         gossamer.merge(model)

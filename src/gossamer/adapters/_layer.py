@@ -56,6 +56,11 @@ class SparseLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             w = adapter.effective(w)
         return active[-1](x, w, self.base_layer.bias)
 
+    @property
+    def chooses(self) -> bool:
+        """Tell whether an active adapter chooses its own zeros."""
+        return not all(adapter.keeps for adapter in self.adapters(self.active_adapters))
+
     def is_changed(self, names: Sequence[str]) -> bool:
         """Tell whether the base has other zeros than those that one of these adapters was made on."""
         if not (adapters := self.adapters(names)):

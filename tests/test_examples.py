@@ -72,6 +72,11 @@ def test_finetune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     assert f"hold: 14 weights, {entries // 2:,} of {entries:,} entries kept" in capsys.readouterr().out
 
 
+def test_finetune_adapter(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run("finetune_adapter.py", monkeypatch)
+    assert "LlamaForCausalLM with the same zeros: True" in capsys.readouterr().out
+
+
 @pytest.mark.filterwarnings("ignore")  # TRL has warnings of its own, by the release
 def test_finetune_trl(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny_dir: Path, tmp_path: Path

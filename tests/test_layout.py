@@ -30,6 +30,7 @@ BELOW = {
     "adapters": METHODS | LOWEST | MODELS | {"sites"},
     "tuners": METHODS | LOWEST | MODELS | {"sites", "adapters", "hf"},
     "tuning": METHODS | LOWEST | MODELS | {"sites", "tuners"},
+    "merging": METHODS | LOWEST | MODELS | {"sites", "adapters"},
     "recovering": METHODS | LOWEST | MODELS | {"sites", "tuning", "tuners"},
     "catalogue": METHODS | LOWEST | MODELS | {"sites", "tuning"},
     "recipe": METHODS | LOWEST | MODELS | {"sites", "tuning", "tuners", "recovering", "speed"},
@@ -101,9 +102,15 @@ def test_core_is_torch_only(file: Path) -> None:
 
 
 def test_import_gossamer_loads_little_and_says_nothing() -> None:
-    code = "import sys, gossamer; sys.exit(', '.join({'transformers', 'triton'} & set(sys.modules)) or None)"
+    code = "import sys, gossamer; sys.exit(', '.join({'transformers', 'triton', 'peft'} & set(sys.modules)) or None)"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("file", FILES, ids=label)
+def test_only_the_adapters_build_on_peft(file: Path) -> None:
+    of_peft = {name for name in imported(file) if name[0] == "peft"}
+    assert not of_peft or parts(file)[0] in {"adapters", "tuners", "merging"}
 
 
 def all_of(file: Path) -> list[str] | None:
@@ -131,12 +138,12 @@ def test_nothing_is_named_for_holding_anything(word: str) -> None:
     assert not [node.name for node in defined if word in node.name.lower()]
 
 
-@pytest.mark.parametrize("package", ["scores", "solvers"])
+@pytest.mark.parametrize("package", ["scores", "solvers", "tuners"])
 def test_a_method_is_one_file_with_one_documented_class(package: str) -> None:
     module = importlib.import_module(f"gossamer.{package}")
     found = []
     for file in sorted((ROOT / package).glob("*.py")):
-        if file.stem == "__init__":
+        if file.stem.startswith("_"):
             continue
         public = [n for n in tree(file).body if isinstance(n, ast.ClassDef) and not n.name.startswith("_")]
         assert len(public) == 1, f"{label(file)} defines one public class"

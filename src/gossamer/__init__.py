@@ -9,6 +9,7 @@ from gossamer.core.solver import Solver
 from gossamer.core.stats import Stats
 from gossamer.core.tuner import Tuner, Tuning
 from gossamer.forecast import plan
+from gossamer.merging import merge
 from gossamer.models import load
 from gossamer.recovering import recover
 from gossamer.scores import RIA, Gradient, Magnitude, Random, Wanda
@@ -19,7 +20,7 @@ from gossamer.sites.packing import pack, unpack
 from gossamer.sites.weights import prune
 from gossamer.solvers import Mask, SparseGPT
 from gossamer.speed import bench
-from gossamer.tuners import AST, CAST, Full, MaskLLM
+from gossamer.tuners import AST, CAST, PERP, PST, SPP, Full, LoRAPrune, MaskLLM, MaskLoRA, ScaleLoRA
 from gossamer.tuning import tune
 
 __version__ = "0.1.0"
@@ -28,7 +29,10 @@ __all__ = [
     "AST",
     "CAST",
     "NM",
+    "PERP",
+    "PST",
     "RIA",
+    "SPP",
     "Block",
     "Channel",
     "Constant",
@@ -38,12 +42,15 @@ __all__ = [
     "GossamerError",
     "Gradient",
     "Linear",
+    "LoRAPrune",
     "Magnitude",
     "Mask",
     "MaskLLM",
+    "MaskLoRA",
     "Pattern",
     "Random",
     "Report",
+    "ScaleLoRA",
     "Score",
     "Solver",
     "SparseGPT",
@@ -58,6 +65,7 @@ __all__ = [
     "distill",
     "hold",
     "load",
+    "merge",
     "pack",
     "plan",
     "prune",

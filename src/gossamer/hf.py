@@ -1,6 +1,7 @@
-"""Packed checkpoints in plain transformers: importing this registers the quantization method "gossamer" there.
+"""The one import that registers something: the quantization method "gossamer" with transformers, the sparse adapters with peft.
 
-After it, ``from_pretrained`` and ``save_pretrained`` work on what `gossamer.save(model, folder, packed=True)` wrote.
+After it, ``from_pretrained`` and ``save_pretrained`` work on what `gossamer.save(model, folder, packed=True)` wrote, and peft
+makes, loads and merges adapters of the configurations that are exported here.
 """
 
 from collections.abc import Sequence
@@ -15,13 +16,24 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from gossamer.adapters import LoRAPruneConfig, MaskLoRAConfig, PSTConfig, ScaleLoRAConfig, SPPConfig
 from gossamer.core.errors import GossamerError
 from gossamer.models import PACKED
 from gossamer.sites._packed import Files, Packed, Weight, checksum, stop
 from gossamer.sites._packed_write import for_file, renamed, saved_state, sparse_layers
 from gossamer.sites._sparse_linear import SparseLinear
 
-__all__ = ["GossamerConfig", "GossamerQuantizer", "mark", "unmark"]
+__all__ = [
+    "GossamerConfig",
+    "GossamerQuantizer",
+    "LoRAPruneConfig",
+    "MaskLoRAConfig",
+    "PSTConfig",
+    "SPPConfig",
+    "ScaleLoRAConfig",
+    "mark",
+    "unmark",
+]
 
 
 @register_quantization_config(PACKED)

@@ -3,6 +3,12 @@
 from gossamer.tuners.ast import AST
 from gossamer.tuners.cast import CAST
 from gossamer.tuners.full import Full
+from gossamer.tuners.loraprune import LoRAPrune
 from gossamer.tuners.maskllm import MaskLLM
+from gossamer.tuners.masklora import MaskLoRA
+from gossamer.tuners.perp import PERP
+from gossamer.tuners.pst import PST
+from gossamer.tuners.scalelora import ScaleLoRA
+from gossamer.tuners.spp import SPP
 
-__all__ = ["AST", "CAST", "Full", "MaskLLM"]
+__all__ = ["AST", "CAST", "PERP", "PST", "SPP", "Full", "LoRAPrune", "MaskLLM", "MaskLoRA", "ScaleLoRA"]

@@ -15,6 +15,7 @@ from gossamer.sites.checkpoint import prune_checkpoint, save, unpack_checkpoint
 from gossamer.sites.distilling import distill
 from gossamer.sites.holding import hold
 from gossamer.sites.packing import pack, unpack
+from gossamer.sites.reconstructing import Reconstruct, reconstruct
 from gossamer.sites.weights import prune
 from gossamer.solvers import Mask, SparseGPT
 from gossamer.speed import bench
@@ -39,6 +40,7 @@ __all__ = [
     "Mask",
     "Pattern",
     "Random",
+    "Reconstruct",
     "Report",
     "Score",
     "Solver",
@@ -58,6 +60,7 @@ __all__ = [
     "plan",
     "prune",
     "prune_checkpoint",
+    "reconstruct",
     "save",
     "tune",
     "unpack",

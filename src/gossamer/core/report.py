@@ -32,6 +32,7 @@ class Report:
         evaluation: perplexity, tokens, seqlen, where the result was evaluated.
         speed: where decoding was measured, dense and packed in one run: batch, context, dense and packed (seconds a step),
             ratio, dense_bytes and bytes (of the whole model in memory), said (what was packed, in one sentence).
+        blocks: where blocks were worked on one by one, what is to be said of each.
     """
 
     kind: str
@@ -43,6 +44,7 @@ class Report:
     environment: dict[str, Any] = field(default_factory=lambda: environment())
     evaluation: dict[str, Any] | None = None
     speed: dict[str, Any] | None = None
+    blocks: list[dict[str, Any]] | None = None
 
     @property
     def totals(self) -> dict[str, Any]:
@@ -87,7 +89,7 @@ class Report:
 
     def __str__(self) -> str:
         total = self.totals
-        what = f"{self.recipe['method']} {self.recipe.get('pattern')}" if "method" in self.recipe else self.kind
+        what = " ".join(str(self.recipe[key]) for key in ("method", "pattern") if key in self.recipe) or self.kind
         return (
             f"{what}: {total['weights']} weights, {total['nnz']:,} of {total['entries']:,} entries kept, "
             f"sparsity {total['sparsity']:.4f}, {self.seconds.get('total', 0):.1f} s"

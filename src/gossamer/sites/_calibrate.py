@@ -7,7 +7,7 @@ over when its inputs are complete, may be changed there and then, and the pass g
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,14 @@ from gossamer.sites._walk import Target, blocks_of, text_config
 
 Batch = Mapping[str, Tensor]
 Visit = Callable[[Target, list[Stats]], None]
+
+
+class Call(NamedTuple):
+    """One call of a module by its model: its arguments and what it answered."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
 
 
 class _Stop(BaseException):
@@ -61,16 +69,7 @@ class Calibration:
                 visit(target, gatherer.take(target))
             give_back()
 
-        with ExitStack() as stack:
-            for done in self.blocks[:index]:
-                stack.enter_context(_forward(done, lambda *_, **__: self.outputs[self._lane]))
-            stack.enter_context(_eager_experts(self.model))
-            here = self.blocks[index]
-            home = next((p.device for p in here.parameters()), torch.device("cpu"))
-            if self.device is not None:
-                here.to(self.device)
-                stack.callback(here.to, home)
-                stack.enter_context(_hook(here.register_forward_pre_hook(self._bring, with_kwargs=True)))
+        with self._entered(index) as (here, home), ExitStack() as stack:
             stack.enter_context(_hook(here.register_forward_hook(lambda _m, _a, out: self._finish(out, home))))
             for module in by_module:
                 stack.enter_context(_hook(module.register_forward_pre_hook(lambda m, args: self._arrive(gatherer, m, args))))
@@ -81,16 +80,55 @@ class Calibration:
                     deal_with(module)
         give_back()
 
+    @torch.no_grad()
+    def calls(self, index: int, module: nn.Module, *, answered: bool = True) -> list["Call"]:
+        """Return how each lane calls a module: block ``index`` itself, or one in it. Nothing is gathered, and nothing changed.
+
+        Args:
+            answered: run the module and return its outputs too; otherwise the pass stops before it.
+        """
+        found: list[Call] = []
+        with self._entered(index) as (_, home), ExitStack() as stack:
+
+            def stop(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
+                found.append(Call(moved(args, home), moved(kwargs, home), moved(output, home)))
+                raise _Stop
+
+            register = module.register_forward_hook if answered else module.register_forward_pre_hook
+            stack.enter_context(_hook(register(stop, with_kwargs=True)))
+            for lane in range(len(self.batches)):
+                self._pass(lane)
+        return found
+
+    @contextmanager
+    def _entered(self, index: int) -> Iterator[tuple[nn.Module, torch.device]]:
+        """Let the blocks before ``index`` answer from their lanes' outputs, and put this one on the device."""
+        with ExitStack() as stack:
+            for done in self.blocks[:index]:
+                stack.enter_context(_forward(done, lambda *_, **__: self.outputs[self._lane]))
+            stack.enter_context(eager_experts(self.model))
+            here = self.blocks[index]
+            home = next((p.device for p in here.parameters()), torch.device("cpu"))
+            if self.device is not None:
+                here.to(self.device)
+                stack.callback(here.to, home)
+                stack.enter_context(_hook(here.register_forward_pre_hook(self._bring, with_kwargs=True)))
+            yield here, home
+
     def _body(self, index: int) -> Callable[[Lane], None]:
         def run(lane: Lane) -> None:
-            self._lanes[index], self._lane = lane, index
-            try:
-                self.model(**self.batches[index], use_cache=False)
-            except _Stop:
-                return
-            raise GossamerError(f"the forward pass of {type(self.model).__name__} never came to the block in {self.name}")
+            self._lanes[index] = lane
+            self._pass(index)
 
         return run
+
+    def _pass(self, lane: int) -> None:
+        self._lane = lane
+        try:
+            self.model(**self.batches[lane], use_cache=False)
+        except _Stop:
+            return
+        raise GossamerError(f"the forward pass of {type(self.model).__name__} never came to the block in {self.name}")
 
     def _arrive(self, gatherer: "_Gatherer", module: nn.Module, args: tuple[Any, ...]) -> None:
         index = self._lane
@@ -99,10 +137,10 @@ class Calibration:
         self._lane = index
 
     def _bring(self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        return _to(args, self.device), _to(kwargs, self.device)
+        return moved(args, self.device), moved(kwargs, self.device)
 
     def _finish(self, output: Any, home: torch.device) -> None:
-        self.outputs[self._lane] = _to(output, home) if self.device is not None else output
+        self.outputs[self._lane] = moved(output, home) if self.device is not None else output
         raise _Stop
 
 
@@ -223,7 +261,7 @@ def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _eager_experts(model: nn.Module) -> Iterator[None]:
+def eager_experts(model: nn.Module) -> Iterator[None]:
     """Let stacked experts run one after the other, the form in which each one's tokens can be seen."""
     configs = {id(c): c for c in (model.config, text_config(model)) if hasattr(c, "_experts_implementation")}
     before = {key: c._experts_implementation for key, c in configs.items()}
@@ -244,12 +282,12 @@ def _hook(handle: RemovableHandle) -> Iterator[None]:
         handle.remove()
 
 
-def _to(value: Any, device: torch.device | None) -> Any:
+def moved(value: Any, device: torch.device | None) -> Any:
     """Move the tensors of nested tuples, lists and dicts to a device."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, tuple | list):
-        return type(value)(_to(v, device) for v in value)
+        return type(value)(moved(v, device) for v in value)
     if isinstance(value, dict):
-        return {k: _to(v, device) for k, v in value.items()}
+        return {k: moved(v, device) for k, v in value.items()}
     return value

@@ -186,7 +186,7 @@ def test_a_block_is_worked_on_at_the_device_and_goes_home() -> None:
     model, dense = pair()
     twin = copy.deepcopy(model)
     gossamer.reconstruct(model, dense, data=ids(64), **FAST)
-    gossamer.reconstruct(twin, dense, data=ids(8), device="cpu", **FAST)
+    gossamer.reconstruct(twin, dense, data=ids(64), device="cpu", **FAST)
     assert same(state(model), state(twin))
 
 

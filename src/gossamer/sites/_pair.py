@@ -60,11 +60,12 @@ class Pair:
         inputs = batches if place.type == "meta" else [moved(dict(batch), place) for batch in batches]
         self.dense = Calibration(teacher, inputs, gram=False, device=None if offloaded else device)
         self.name, self.blocks = self.kept.name, self.kept.blocks
+        self.end = 1 + max(target.block for target in masks if target.block is not None)  # behind it nothing is pruned
         self.held = max(len(batches) // HELD, 1)
 
     def steps(self, start_at: int) -> int:
         """Return how many steps there are from a block on."""
-        parts = sum(len(self.parts(index)) for index in range(start_at, len(self.blocks)))
+        parts = sum(len(self.parts(index)) for index in range(start_at, self.end))
         return parts * self.how.epochs * (len(self.batches) - self.held)
 
     def parts(self, index: int) -> list[str]:

@@ -32,7 +32,7 @@ class Kept:
     """Every parameter is trained, what has a mask only where it is kept: W ⊙ M."""
 
     def __init__(self, start: Named, masks: Named, generator: torch.Generator) -> None:
-        self.leaves = {name: w.clone().requires_grad_() for name, w in start.items()}
+        self.leaves = {name: w.requires_grad_() for name, w in start.items()}
         self._masks = masks
 
     def weights(self) -> Named:
@@ -89,9 +89,8 @@ def refit(
         GossamerError: an error is not finite; the module is as it was.
     """
     masks = {name: mask.to(device) for name, mask in masks.items()}
-    start = {name: full(p.detach().to(device)) for name, p in module.named_parameters()}
+    start = {name: full(p.detach().to(device, copy=True)) for name, p in module.named_parameters()}
     buffers = {name: full(b.to(device)) for name, b in module.named_buffers()}
-    trained = Kept(start, masks, generator) if rank is None else LowRank(start, masks, generator, rank)
 
     def error(weights: Named, example: Example) -> tuple[Tensor, Tensor]:
         """Return ‖f(x) − y‖² and ‖y‖²."""
@@ -109,6 +108,7 @@ def refit(
         return float(apart / size)
 
     before = finite(judged(start), "before any step")
+    trained = Kept(start, masks, generator) if rank is None else LowRank(start, masks, generator, rank)
     steps = epochs * len(fit)
     optimizer = torch.optim.Adam(trained.leaves.values(), lr=rate, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: _rate(i, steps))

@@ -86,7 +86,7 @@ class Reconstruct:
                     shown.set_postfix_str(f"error {error:.4f}", refresh=False)
                     shown.update()
 
-                for index in range(len(walk.blocks)):
+                for index in range(walk.end):
                     if index >= start_at:
                         done = walk.refit(index, torch.Generator().manual_seed(seed + index), tell)
                         rows += done

@@ -17,6 +17,7 @@ from gossamer.sites.checkpoint import prune_checkpoint, save, unpack_checkpoint
 from gossamer.sites.distilling import distill
 from gossamer.sites.holding import hold
 from gossamer.sites.packing import pack, unpack
+from gossamer.sites.reconstructing import Reconstruct, reconstruct
 from gossamer.sites.weights import prune
 from gossamer.solvers import Mask, SparseGPT
 from gossamer.speed import bench
@@ -49,6 +50,7 @@ __all__ = [
     "MaskLoRA",
     "Pattern",
     "Random",
+    "Reconstruct",
     "Report",
     "ScaleLoRA",
     "Score",
@@ -70,6 +72,7 @@ __all__ = [
     "plan",
     "prune",
     "prune_checkpoint",
+    "reconstruct",
     "recover",
     "save",
     "tune",

@@ -34,6 +34,7 @@ class Report:
             ratio, dense_bytes and bytes (of the whole model in memory), said (what was packed, in one sentence).
         training: where it was trained: losses (a number a step, None where not finite), trainable (parameters), rounded (kept
             weights that became zero), before and dense (perplexities on the text of ``evaluation``).
+        blocks: where blocks were worked on one by one, what is to be said of each.
     """
 
     kind: str
@@ -46,6 +47,7 @@ class Report:
     evaluation: dict[str, Any] | None = None
     speed: dict[str, Any] | None = None
     training: dict[str, Any] | None = None
+    blocks: list[dict[str, Any]] | None = None
 
     @property
     def totals(self) -> dict[str, Any]:
@@ -90,7 +92,7 @@ class Report:
 
     def __str__(self) -> str:
         total = self.totals
-        what = f"{self.recipe['method']} {self.recipe.get('pattern')}" if "method" in self.recipe else self.kind
+        what = " ".join(str(self.recipe[key]) for key in ("method", "pattern") if key in self.recipe) or self.kind
         return (
             f"{what}: {total['weights']} weights, {total['nnz']:,} of {total['entries']:,} entries kept, "
             f"sparsity {total['sparsity']:.4f}, {self.seconds.get('total', 0):.1f} s"

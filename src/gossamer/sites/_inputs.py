@@ -1,6 +1,6 @@
 """Calibration inputs: from text, token ids or mappings to the model's keyword arguments, a mapping a lane."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,26 @@ def calibration_batches(
     if data is None:
         wants = show_method(job.solver) if job.gather else f"allocate={show(job.allocation)}"
         raise GossamerError(f"{wants} needs calibration data: give data= a text file, token ids, or 'builtin'")
+    split = lambda ids: ids.tensor_split(min(lanes, len(ids)))  # noqa: E731
+    batches = batches_of(data, tokenizer, seqlen, samples, sample, seed, split, folder=folder, device=device)
+    if "grad" in job.gather and not all("input_ids" in batch for batch in batches):
+        raise GossamerError("Gradient takes the next-token loss, so each mapping needs input_ids")
+    return batches
+
+
+def batches_of(
+    data: str | Path | Tensor | Sequence[Batch],
+    tokenizer: Any,
+    seqlen: int,
+    samples: int,
+    sample: str,
+    seed: int,
+    split: Callable[[Tensor], Sequence[Tensor]],
+    *,
+    folder: str | Path,
+    device: torch.device,
+) -> list[Batch]:
+    """Return the model's keyword arguments for each part into which ``split`` takes the windows; mappings stay as given."""
     if isinstance(data, str | Path):
         from gossamer.data import calibration
 
@@ -44,12 +64,10 @@ def calibration_batches(
     if isinstance(data, Tensor):
         if data.ndim != 2 or data.numel() == 0 or data.is_floating_point():
             raise GossamerError(f"token ids are integers of shape (samples, seqlen); got {data.dtype} {tuple(data.shape)}")
-        return [{"input_ids": ids.to(device)} for ids in data.tensor_split(min(lanes, len(data)))]
+        return [{"input_ids": ids.to(device)} for ids in split(data)]
     batches = list(data)
     if not batches or not all(isinstance(batch, Mapping) for batch in batches):
         raise GossamerError("data= wants text, token ids of shape (samples, seqlen), or mappings of the model's arguments")
-    if "grad" in job.gather and not all("input_ids" in batch for batch in batches):
-        raise GossamerError("Gradient takes the next-token loss, so each mapping needs input_ids")
     return batches
 
 

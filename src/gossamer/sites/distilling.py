@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax, pad
 
 from gossamer.core.errors import GossamerError
+from gossamer.sites._walk import text_config
 
 AGREE = ("num_hidden_layers", "hidden_size", "vocab_size")  # of student and teacher
 
@@ -54,12 +55,7 @@ def distill(
         raise GossamerError(f"the weights of a loss are not negative, and not all of them 0: got {weights}")
     if temperature <= 0:
         raise GossamerError(f"a temperature is more than 0, not {temperature}")
-    if teacher is student:
-        raise GossamerError("the teacher is the student itself: load the dense model once more")
-    for name in AGREE:
-        ours, theirs = (getattr(m.config.get_text_config(), name, None) for m in (student, teacher))  # type: ignore[union-attr, operator]
-        if ours != theirs:
-            raise GossamerError(f"student and teacher differ in {name}: {ours} and {theirs}")
+    check_teacher(student, teacher)
     return Distill(student, teacher, weights, temperature)
 
 
@@ -139,6 +135,16 @@ class Distill:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.release()
+
+
+def check_teacher(student: nn.Module, teacher: nn.Module) -> None:
+    """Raise GossamerError if a model cannot learn from this one: it is the same object, or of other sizes."""
+    if teacher is student:
+        raise GossamerError("the teacher is the student itself: load the dense model once more")
+    for name in AGREE:
+        ours, theirs = (getattr(text_config(m), name, None) for m in (student, teacher))
+        if ours != theirs:
+            raise GossamerError(f"student and teacher differ in {name}: {ours} and {theirs}")
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:

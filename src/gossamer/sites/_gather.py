@@ -1,0 +1,80 @@
+"""Statistics of what comes to the weights of one block, gathered while the model's own forward runs through it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from gossamer.core.errors import GossamerError
+from gossamer.core.stats import Stats
+from gossamer.sites._walk import Target
+
+
+class Gatherer:
+    """Statistics of the inputs that come to the modules of one block; those that share an input share its `Stats`."""
+
+    def __init__(self, by_module: Mapping[nn.Module, Sequence[Target]], gram: bool) -> None:
+        self.by_module, self.gram = by_module, gram
+        self.seen: dict[nn.Module, Stats] = {}
+        self._experts: dict[str, list[Stats]] = {}
+        self._last: dict[int, tuple[Tensor, int, Stats]] = {}  # lane → its last input and where that went
+
+    def add(self, lane: int, module: nn.Module, args: tuple[Any, ...]) -> None:
+        x = args[0]
+        if any(target.stacked for target in self.by_module[module]):
+            self.seen[module] = self.seen.get(module) or Stats(1)
+            with _Observed(self._sinks(module, x.device)):
+                module.forward(*args)
+            return
+        last = self._last.get(lane)
+        if last is not None and last[0] is x and last[1] == x._version:  # q, k and v; gate and up
+            self.seen[module] = last[2]
+            return
+        if module not in self.seen:
+            self.seen[module] = Stats(x.shape[-1], gram=self.gram, device=x.device)
+        self.seen[module].add(x)
+        self._last[lane] = (x, x._version, self.seen[module])
+
+    def _sinks(self, module: nn.Module, device: torch.device) -> list[tuple[Target, list[Stats]]]:
+        sinks = []
+        for target in self.by_module[module]:
+            experts, _, width = target.matrices().shape
+            if target.name not in self._experts:
+                self._experts[target.name] = [Stats(width, gram=self.gram, device=device) for _ in range(experts)]
+            sinks.append((target, self._experts[target.name]))
+        return sinks
+
+    def take(self, target: Target) -> list[Stats]:
+        """Return the statistics for a target, one for each of its matrices; white ones where no token came."""
+        count, _, width = target.matrices().shape
+        device = target.parameter.device
+        if target.stacked:
+            found = self._experts.pop(target.name)
+            if not any(stats.tokens for stats in found):
+                raise GossamerError(
+                    f"{target.name}: no product with these stacked weights was seen, so they cannot be calibrated"
+                )
+        else:
+            found = [self.seen[target.module]] if target.module in self.seen else [Stats(width)] * count
+        return [stats if stats.tokens else Stats.unseen(width, device=device) for stats in found]
+
+
+class _Observed(TorchFunctionMode):
+    """Sees every product with one matrix of a stacked weight, and adds its other factor to that expert's statistics."""
+
+    def __init__(self, sinks: Sequence[tuple[Target, list[Stats]]]) -> None:
+        super().__init__()
+        self.sinks = {target.parameter.untyped_storage().data_ptr(): (target, stats) for target, stats in sinks}
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if len(args) >= 2 and isinstance(args[0], Tensor) and isinstance(args[1], Tensor) and args[1].ndim == 2:
+            target, stats = self.sinks.get(args[1].untyped_storage().data_ptr(), (None, None))
+            if target is not None and stats is not None and func in _PRODUCTS:
+                stack = target.parameter
+                stats[(args[1].storage_offset() - stack.storage_offset()) // stack.stride(0)].add(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+_PRODUCTS = {nn.functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}

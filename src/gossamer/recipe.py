@@ -13,12 +13,11 @@ from gossamer.core.report import FORMAT, environment, read_json
 from gossamer.data import evaluation as evaluation_windows
 from gossamer.evaluate import check_ids, perplexity
 from gossamer.models import causal_lm, resolve, skeleton, tokenizer
-from gossamer.recovering import recover
+from gossamer.recovering import read, recover
 from gossamer.sites._job import Job, pattern_of
 from gossamer.sites._rows import describe
 from gossamer.sites.checkpoint import prune_checkpoint, save
 from gossamer.speed import decoding
-from gossamer.tuning import checked
 
 Say = Callable[[str], None]
 
@@ -232,7 +231,7 @@ def _check(place: int, verb: str, how: Mapping[str, Any]) -> None:
         if verb == "prune":
             Job.of(how["method"], how["pattern"], how.get("sparsity"), how.get("allocate", "uniform"))
         elif verb == "recover":
-            checked(how.get("method", "Full"), how.get("pattern"), how.get("sparsity"), how["steps"])
+            read(how.get("method", "Full"), how.get("pattern"), how.get("sparsity"), how["steps"])
     except GossamerError as error:
         raise GossamerError(f"step {place} of the recipe: {error}") from None
 

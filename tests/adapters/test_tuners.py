@@ -98,7 +98,7 @@ def test_what_tune_refuses() -> None:
     with pytest.raises(GossamerError, match="chooses the mask: say by which pattern"):
         gossamer.tune(model, "PST", steps=1)
     with pytest.raises(GossamerError, match="has no bias to train; it has: norm, head"):
-        gossamer.tune(model, "PERP", steps=1)
+        gossamer.tune(model, "PERP(parts='bias')", steps=1)
     with pytest.raises(GossamerError, match="PERP trains parts, of bias, norm, head; not 'biases'"):
         gossamer.tune(model, "PERP(parts='biases')", steps=1)
     with pytest.raises(GossamerError, match="none of the 14 weights has zeros for MASKLORA to keep"):
@@ -118,12 +118,13 @@ def test_targets_are_named_as_in_prune() -> None:
         ("norm", "llama", {"weight"}),
         ("bias,norm", "gpt2", {"bias", "weight"}),
         ("head", "llama", {"weight"}),
+        (None, "llama", {"weight"}),
     ],
 )
-def test_perp_trains_its_parts_alone(parts: str, family: str, names: set[str]) -> None:
+def test_perp_trains_its_parts_alone(parts: str | None, family: str, names: set[str]) -> None:
     model = pruned(family=family)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    tuning, optimizer = start(model, f"PERP(parts='{parts}')")
+    tuning, optimizer = start(model, f"PERP(parts={parts!r})")
     go(tuning, optimizer)
     assert tuning.finish() is model
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}

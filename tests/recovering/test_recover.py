@@ -85,6 +85,58 @@ def test_a_killed_run_goes_on_to_the_same_bits(pruned: Path, text: Path, tmp_pat
     assert not (tmp_path / ".out.training").exists()
 
 
+def test_blocks_are_reconstructed_and_a_killed_run_goes_on(pruned: Path, text: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    small = {"steps": 6, "batch": 2, "seqlen": 16}
+    whole = gossamer.recover(pruned, tmp_path / "whole", "Reconstruct(epochs=4)", data=text, evaluate=text, **small)
+    assert whole.blocks is not None
+    assert [block["block"] for block in whole.blocks] == [0, 1]
+    assert all(block["after"] < block["before"] for block in whole.blocks)
+    save = State.save
+
+    def dies(self: State, step: int, *args: Any) -> None:
+        save(self, step, *args)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(State, "save", dies)
+        with pytest.raises(Killed):
+            gossamer.recover(pruned, tmp_path / "out", "Reconstruct(epochs=4)", data=text, every=0, **small)
+    again = gossamer.recover(pruned, tmp_path / "out", "Reconstruct(epochs=4)", data=text, **small)
+    assert [block["after"] for block in again.blocks or []] == [block["after"] for block in whole.blocks]
+    ours, wanted = tensors(tmp_path / "out"), tensors(tmp_path / "whole")
+    assert all(torch.equal(ours[name], wanted[name]) for name in wanted)
+    assert all(torch.equal(zeros(pruned)[name], mask) for name, mask in zeros(tmp_path / "out").items())
+
+
+@pytest.mark.parametrize(
+    "method", ["MaskLoRA(rank=4)", "ScaleLoRA", "LoRAPrune(rank=4)", "SPP", "PERP", "PST", "AST", "CAST", "MaskLLM"]
+)
+def test_every_way_of_training_goes_on_to_the_same_bits(
+    pruned: Path, text: Path, tmp_path: Path, monkeypatch: Any, method: str
+) -> None:
+    chooses = {"pattern": "2:4"} if method in ("PST", "AST", "CAST", "MaskLLM") else {}
+    how = SMALL | chooses | {"data": text, "method": method}
+    whole = gossamer.recover(pruned, tmp_path / "whole", **how)
+    save = State.save
+
+    def dies(self: State, step: int, *args: Any) -> None:
+        save(self, step, *args)
+        if step == 3:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(State, "save", dies)
+        with pytest.raises(Killed):
+            gossamer.recover(pruned, tmp_path / "out", every=0, **how)
+    again = gossamer.recover(pruned, tmp_path / "out", **how)
+    assert again.training == whole.training
+    ours, wanted = tensors(tmp_path / "out"), tensors(tmp_path / "whole")
+    assert all(torch.equal(ours[name], wanted[name]) for name in wanted)
+    if not chooses:
+        assert all(torch.equal(zeros(pruned)[name], mask) for name, mask in zeros(tmp_path / "out").items())
+    assert again.totals["sparsity"] == 0.5
+
+
 def test_another_recipe_is_refused_and_told_apart(pruned: Path, text: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(State, "save", lambda *args, save=State.save: (save(*args), (_ for _ in ()).throw(Killed())))
     with pytest.raises(Killed):
@@ -155,6 +207,10 @@ def test_casting_back_counts_what_becomes_zero(tiny_llama: Any, tiny_tokenizer: 
         ({"batch": 0}, "batch is more than 0, not 0"),
         ({"rate": -1.0}, "rate is more than 0"),
         ({"loss": "square"}, "unknown loss 'square'"),
+        ({"method": "Reconstruct", "rate": 1e-3}, "a rate and a loss of its own"),
+        ({"method": "Reconstruct", "rate": None, "pattern": "2:4"}, "keeps the zeros that are there"),
+        ({"method": "AST"}, "chooses the mask: say by which pattern"),
+        ({"method": "AST", "pattern": "2:5"}, "2:5"),
         ({"loss": "distill(task=-1.0)"}, "the weights of a loss are not negative"),
         ({"seqlen": 4096}, "one window of seqlen 4096"),
         ({"seqlen": 160}, "lower seqlen"),

@@ -53,10 +53,10 @@ def recover(
 ) -> None:
     """Train a pruned model and keep its zeros, into a new directory; started again after a kill, it goes on."""
     from gossamer.models import resolve
+    from gossamer.recovering import read
     from gossamer.recovering import recover as run
-    from gossamer.tuning import checked
 
-    checked(method, pattern, sparsity, steps)  # a slip in these shows before a model is fetched
+    read(method, pattern, sparsity, steps)  # a slip in these shows before a model is fetched
     report = run(
         resolve(model, say=speaker(quiet)),
         to,

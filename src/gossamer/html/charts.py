@@ -49,7 +49,7 @@ def draw(runs: Sequence["Run"], dense: float | None, colours: dict[str, str], pr
     return [
         _quality(runs, dense, colours, f"{prefix}-quality"),
         *([_trade(runs, dense, colours, f"{prefix}-trade")] if any(run.report.speed for run in runs) else []),
-        *([_loss(runs, colours, f"{prefix}-loss")] if any(run.report.training for run in runs) else []),
+        *([_loss(runs, colours, f"{prefix}-loss")] if any(map(_losses, runs)) else []),
         _size(runs, f"{prefix}-size"),
         _time(runs, f"{prefix}-time"),
         _layers(runs, f"{prefix}-layers"),
@@ -185,7 +185,7 @@ def _trade(runs: Sequence["Run"], dense: float | None, colours: dict[str, str], 
 
 def _loss(runs: Sequence["Run"], colours: dict[str, str], prefix: str) -> Chart:
     """The loss of each step of training; a run's line is broken where it was not finite."""
-    trained = [(run, run.report.training["losses"]) for run in runs if run.report.training]
+    trained = [(run, losses) for run in runs if (losses := _losses(run))]
     figure, key, points = go.Figure(), [], []
     settings = list(dict.fromkeys(run.setting for run, _ in trained))
     for run, losses in trained:
@@ -205,6 +205,10 @@ def _loss(runs: Sequence["Run"], colours: dict[str, str], prefix: str) -> Chart:
     figure.update_yaxes(title="Loss", rangemode="tozero")
     note = "The loss that was trained on; terms and weights are in the recipe, so only runs of one loss compare."
     return Chart("loss", "Loss in training", note, (Panel("", _alt("Loss", points), _html(figure, prefix, 300)),), tuple(key))
+
+
+def _losses(run: "Run") -> list[float | None]:
+    return (run.report.training or {}).get("losses") or []
 
 
 def _bars(runs: Sequence["Run"], colour: str) -> go.Bar:

@@ -1,8 +1,8 @@
 """Recover: from a pruned directory to a trained one that has the same zeros."""
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core.errors import GossamerError
+from gossamer.core.pattern import Pattern
 from gossamer.core.report import Report
 from gossamer.core.spec import parse, show
 from gossamer.core.tuner import How, Tuner
@@ -17,14 +18,16 @@ from gossamer.data import evaluation as evaluation_windows
 from gossamer.data import texts, windows
 from gossamer.evaluate import check_ids, perplexity
 from gossamer.models import causal_lm, check_directory, resolve, skeleton, tokenizer
-from gossamer.recovering._loop import Broken, Plan, run
+from gossamer.recovering._blocks import by_blocks
+from gossamer.recovering._loop import Broken, Job, Plan, by_steps
 from gossamer.recovering._result import cast, check_zeros, command_of, masks_of, stopped
 from gossamer.recovering._state import State
 from gossamer.sites._rows import describe, peak_bytes, restart_peak, row
 from gossamer.sites._walk import targets as find_targets
 from gossamer.sites.checkpoint import check_out, digest, identity, save
 from gossamer.sites.distilling import distill
-from gossamer.tuning import checked
+from gossamer.sites.reconstructing import Reconstruct
+from gossamer.tuning import TUNERS, checked
 
 EVERY = 120.0  # seconds between two states on disk
 
@@ -32,7 +35,7 @@ EVERY = 120.0  # seconds between two states on disk
 def recover(
     source: str | Path,
     out: str | Path,
-    method: str | Tuner = "Full",
+    method: str | Tuner | Reconstruct = "Full",
     pattern: str | None = None,
     *,
     data: str | Path,
@@ -62,7 +65,8 @@ def recover(
 
     Args:
         source: a directory of a pruned model, as `gossamer prune` writes it; a dense one, for methods that choose the mask.
-        method: how: a tuner's spec, such as "Full" or "MaskLoRA(rank=16)".
+        method: how: a tuner's spec, such as "Full" or "MaskLoRA(rank=16)", or "Reconstruct", which refits block by block on the
+            windows of all steps.
         pattern, sparsity: for methods that choose the mask.
         data: text to train on, as in `prune`.
         steps, batch, seqlen: optimizer steps, and windows of how many tokens in each.
@@ -83,8 +87,11 @@ def recover(
     """
     started = time.perf_counter()
     source, out = Path(source), Path(out)
-    tuner, shape, fraction = checked(method, pattern, sparsity, steps)
-    wanted = parse(loss, LOSSES, "loss")
+    tuner, shape, fraction = read(method, pattern, sparsity, steps)
+    chooses = isinstance(tuner, Tuner) and tuner.chooses
+    wanted, blocks = parse(loss, LOSSES, "loss"), isinstance(tuner, Reconstruct)
+    if blocks and (rate is not None or wanted is not distill):
+        raise GossamerError(f"{show(tuner)} has a rate and a loss of its own: write Reconstruct(rate=...), and leave loss out")
     plan = Plan(steps, batch, micro or batch, tuner.rate if rate is None else rate, clip, seed)
     check_directory(source)
     target, before = check_out(out, source, force), _report_of(source)
@@ -98,16 +105,17 @@ def recover(
     dense_path = _teacher(teacher, before, source) if wanted is not task or teacher is not None else None
     recipe = {
         "method": show(tuner),
-        "chooses": tuner.chooses,
+        "chooses": chooses,
         "pattern": str(shape) if shape else before["pattern"],
         "sparsity": fraction if shape else before["sparsity"],
         "source": str(source),
         "pruned_by": before["method"],
         "teacher": None if dense_path is None else str(teacher or before["model"]),
-        "loss": show(wanted),
+        "loss": None if blocks else show(wanted),
         "data": str(data),
         "seqlen": seqlen,
         **vars(plan),
+        **({"rate": None, "micro": None} if blocks else {}),
         "targets": targets,
     }
     same = {"text": digest([{"ids": text}]), "weights": identity(source)}
@@ -120,20 +128,16 @@ def recover(
         if held_out is not None and dense is not None:
             found["dense"] = perplexity(dense, held_out)["perplexity"]
         chosen = find_targets(model, targets)
-        masks = {} if tuner.chooses else masks_of(chosen)
+        masks = {} if chooses else masks_of(chosen)
         watched = [getattr(t.module, t.attribute) for t in chosen if t.name in masks]
-        tuning = tuner.start(model, How(steps, shape, fraction, targets, dense))
-        trainable = sum(p.numel() for p in tuning.parameters())
         loaded = time.perf_counter()
-        with _made(wanted, tuning.model, dense) as objective:
-            try:
-                seconds = run(
-                    tuning, objective, text, plan, state, every=every, progress=progress, title=show(tuner), watched=watched
-                )
-            except Broken as error:
-                state.over = True
-                raise stopped(error, tuning, target, tokens, structure.dtype, plan) from error
-        model = tuning.finish().eval()
+        job = Job(tuner, How(steps, shape, fraction, targets, dense), plan, wanted, model, text, watched, every, progress)
+        try:
+            outcome = (by_blocks if isinstance(tuner, Reconstruct) else by_steps)(job, state)
+        except Broken as error:
+            state.over = True
+            raise stopped(error, target, tokens, structure.dtype, plan) from error
+        model = outcome.model.eval()
         chosen = find_targets(model, targets)
         check_zeros(chosen, masks)
         rounded = cast(model, chosen, structure.dtype)
@@ -142,9 +146,10 @@ def recover(
             recipe={**recipe, "command": command_of(recipe, out)},
             model=describe(model, name or before["model"] or str(source)),
             weights=[row(t) for t in chosen],
-            seconds={"load": loaded - started, "train": seconds, "total": loaded - started + seconds},
+            seconds={"load": loaded - started, "train": outcome.seconds, "total": loaded - started + outcome.seconds},
             peak_bytes=peak_bytes(),
-            training={**found, "losses": state.losses, "trainable": trainable, "rounded": rounded},
+            training={**found, "losses": outcome.losses, "trainable": outcome.trained, "rounded": rounded},
+            blocks=outcome.blocks,
         )
         if held_out is not None:
             report.evaluation = {**perplexity(model, held_out), "data": str(evaluate)}
@@ -152,19 +157,28 @@ def recover(
     return report
 
 
-def task(student: nn.Module, teacher: nn.Module | None) -> Callable[..., Tensor]:
-    """Return the model's own loss, which needs no teacher."""
+@contextmanager
+def task(student: nn.Module, teacher: nn.Module | None) -> Iterator[Callable[..., Tensor]]:
+    """Give the model's own loss, which needs no teacher."""
     size: Any = student.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
     loss: Any = student.loss_function
-    return lambda outputs, labels: loss(logits=outputs.logits, labels=labels, vocab_size=size)
+    yield lambda outputs, labels: loss(logits=outputs.logits, labels=labels, vocab_size=size)
 
 
 LOSSES = {"distill": distill, "task": task}
+WAYS = {**TUNERS, "Reconstruct": Reconstruct}
 
 
-def _made(wanted: Any, student: nn.Module, teacher: nn.Module | None) -> AbstractContextManager[Any]:
-    loss = wanted(student, teacher)
-    return loss if hasattr(loss, "release") else nullcontext(loss)
+def read(
+    method: str | Tuner | Reconstruct, pattern: str | None, sparsity: float | None, steps: int
+) -> tuple[Tuner | Reconstruct, Pattern | None, float | None]:
+    """Read what is asked for, as far as it shows without a model; reconstruction is no tuner, as it has no loop."""
+    chosen = parse(method, WAYS, "method") if isinstance(method, str) else method
+    if not isinstance(chosen, Reconstruct):
+        return checked(chosen, pattern, sparsity, steps)
+    if pattern is not None or sparsity is not None:
+        raise GossamerError(f"{show(chosen)} keeps the zeros that are there: leave pattern and sparsity out")
+    return chosen, None, None
 
 
 def _report_of(source: Path) -> dict[str, Any]:

@@ -1,17 +1,20 @@
 """The loop of `gossamer recover`: as plain as one can be, but for going on where it stopped."""
 
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from gossamer.core.errors import GossamerError
-from gossamer.core.tuner import Tuning
+from gossamer.core.spec import show
+from gossamer.core.tuner import How, Tuner, Tuning
 from gossamer.recovering._state import State
+from gossamer.sites.reconstructing import Reconstruct
 from gossamer.sites.weights import bar
 
 FRESH = 5.0  # seconds that a count of zeros is good for
@@ -49,46 +52,65 @@ class Plan:
             order = order[self.batch :]
 
 
+@dataclass(frozen=True)
+class Job:
+    """What is to be learnt: by which method, how, on which text, with which loss, and how often it is kept.
+
+    ``loss`` makes a context whose value is called with outputs and labels; ``watched`` are weights whose zeros the bar counts.
+    """
+
+    method: Tuner | Reconstruct
+    how: How
+    plan: Plan
+    loss: Callable[[nn.Module, nn.Module | None], AbstractContextManager[Any]]
+    model: nn.Module
+    text: Tensor
+    watched: Sequence[nn.Parameter]
+    every: float
+    progress: bool | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of it: the plain model, seconds of all its runs, how many parameters were trained, what there is to tell."""
+
+    model: nn.Module
+    seconds: float
+    trained: int
+    losses: list[float] | None = None
+    blocks: list[dict[str, Any]] | None = None
+
+
 class Broken(GossamerError):
     """The loss or a gradient was not finite; the model is as it was after ``step`` steps."""
 
-    def __init__(self, step: int, what: str) -> None:
+    def __init__(self, step: int, what: str, tuning: Tuning) -> None:
         super().__init__(f"{what} is not finite at step {step + 1}")
-        self.step = step
+        self.step, self.tuning = step, tuning
 
 
-def run(
-    tuning: Tuning,
-    loss: Callable[..., Tensor],
-    windows: Tensor,
-    plan: Plan,
-    state: State,
-    *,
-    every: float,
-    progress: bool | None,
-    title: str,
-    watched: Sequence[nn.Parameter] = (),
-) -> float:
-    """Train, from where ``state`` stands; return the seconds that all of its runs took.
-
-    ``watched`` are weights whose zeros the progress bar counts, every few seconds.
+def by_steps(job: Job, state: State) -> Outcome:
+    """Train by optimizer steps, from where ``state`` stands.
 
     Raises:
         Broken: the loss or the gradients became NaN or infinite; that step was not taken.
     """
+    plan, tuner = job.plan, job.method
+    assert isinstance(tuner, Tuner)
+    tuning = tuner.start(job.model, job.how)
     parameters = tuning.parameters()
     where = parameters[0].device
     optimizer = torch.optim.AdamW(parameters, lr=plan.rate, weight_decay=0.0, fused=True)
     tuning.attach(optimizer)
     torch.manual_seed(plan.seed)
-    state.load(tuning, optimizer)
-    model = tuning.model.train()
+    if state.step:
+        _restore(state.tensors(), tuning, optimizer)
+    model, zeros = tuning.model.train(), _Zeros(job.watched)
     autocast = torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda")
     begun, started = state.seconds, time.perf_counter()
-    zeros = _Zeros(watched)
-    with bar(plan.steps, title, progress) as shown:
+    with job.loss(model, job.how.teacher) as loss, bar(plan.steps, show(tuner), job.progress) as shown:
         shown.update(state.step)
-        for step, batch in enumerate(plan.batches(windows, state.step), state.step):
+        for step, batch in enumerate(plan.batches(job.text, state.step), state.step):
             for group in optimizer.param_groups:
                 group["lr"] = plan.rate * plan.factor(step)
             total = 0.0
@@ -97,21 +119,49 @@ def run(
                 with autocast:
                     found = loss(model(ids), ids) * (len(part) / len(batch))
                 if not torch.isfinite(found):
-                    raise Broken(step, "the loss")
-                found.backward()  # type: ignore[no-untyped-call]
+                    raise Broken(step, "the loss", tuning)
+                found.backward()
                 total += float(found.detach())
-            norm = nn.utils.clip_grad_norm_(parameters, plan.clip)
-            if not torch.isfinite(norm):
-                raise Broken(step, "a gradient")
+            if not torch.isfinite(nn.utils.clip_grad_norm_(parameters, plan.clip)):
+                raise Broken(step, "a gradient", tuning)
             optimizer.step()
             optimizer.zero_grad()
-            state.losses.append(total if math.isfinite(total) else None)
+            state.told.append(total)
             shown.set_postfix_str(_told(total, loss) + zeros.told(), refresh=False)
             shown.update()
-            seconds = begun + time.perf_counter() - started
-            if step + 1 < plan.steps and time.perf_counter() - state.kept >= every:
-                state.save(step + 1, tuning, optimizer, seconds)
-    return begun + time.perf_counter() - started
+            if step + 1 < plan.steps and time.perf_counter() - state.kept >= job.every:
+                state.save(step + 1, _tensors(tuning, optimizer), begun + time.perf_counter() - started)
+    seconds, trained = begun + time.perf_counter() - started, sum(p.numel() for p in parameters)
+    return Outcome(tuning.finish(), seconds, trained, losses=state.told)
+
+
+def _tensors(tuning: Tuning, optimizer: Optimizer) -> dict[str, Tensor]:
+    tensors = {f"tuning.{name}": tensor for name, tensor in tuning.state_dict().items()}
+    for index, parameter in enumerate(_all(optimizer)):
+        tensors |= {f"optimizer.{index}.{name}": value for name, value in optimizer.state.get(parameter, {}).items()}
+    tensors["random"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    return tensors
+
+
+def _restore(found: Mapping[str, Tensor], tuning: Tuning, optimizer: Optimizer) -> None:
+    """Put model, optimizer and random numbers where the run stopped."""
+    tuning.load_state_dict(_part(found, "tuning."))
+    for index, parameter in enumerate(_all(optimizer)):
+        mine = _part(found, f"optimizer.{index}.")  # a step counter is a number, and stays on the CPU unless fused
+        optimizer.state[parameter] = {name: value.to(parameter.device) for name, value in mine.items()}
+    torch.set_rng_state(found["random"])
+    if "random.cuda" in found and torch.cuda.is_available():
+        torch.cuda.set_rng_state(found["random.cuda"])
+
+
+def _all(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _told(total: float, loss: Any) -> str:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core.errors import GossamerError
-from gossamer.core.tuner import Tuning
 from gossamer.recovering._loop import Broken, Plan
 from gossamer.sites._job import pattern_of
 from gossamer.sites._walk import Target
@@ -36,13 +35,13 @@ def cast(model: nn.Module, chosen: Sequence[Target], dtype: torch.dtype) -> int:
     return before - sum(int(target.parameter.count_nonzero()) for target in chosen)
 
 
-def stopped(error: Broken, tuning: Tuning, out: Path, tokenizer: Any, dtype: torch.dtype, plan: Plan) -> GossamerError:
+def stopped(error: Broken, out: Path, tokenizer: Any, dtype: torch.dtype, plan: Plan) -> GossamerError:
     """Save the model as it was before the step that broke, beside ``out``, and return the line that says so."""
     told = f"{error} (learning rate {plan.rate:g})"
     if not error.step:
         return GossamerError(f"{told}, before anything was learnt; nothing is written")
     at = out.with_name(f"{out.name}-step-{error.step}")
-    model = tuning.finish().to(dtype).eval()
+    model = error.tuning.finish().to(dtype).eval()
     save(model, at, tokenizer=tokenizer, force=True)
     return GossamerError(f"{told}; the model after step {error.step} is in {at}: go on from there with a lower rate")
 
@@ -53,6 +52,6 @@ def command_of(recipe: Mapping[str, Any], out: Path) -> str:
     if recipe["chooses"]:
         words += ["--pattern", recipe["pattern"]]
         words += ["--sparsity", str(recipe["sparsity"])] if pattern_of(recipe["pattern"]).takes_sparsity else []
-    options = ("teacher", "loss", "data", "seqlen", "steps", "batch", "micro", "rate", "seed", "targets")
+    options = ("teacher", "loss", "data", "seqlen", "steps", "batch", "micro", "rate", "seed", "targets")  # None: not given
     words += [word for option in options if recipe[option] is not None for word in (f"--{option}", str(recipe[option]))]
     return shlex.join([*words, "--out", str(out)])

@@ -7,20 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.optim import Optimizer
 
 from gossamer.core.atomic import cannot_write, lock, replacing, write_text
 from gossamer.core.errors import GossamerError
 from gossamer.core.report import read_json
-from gossamer.core.tuner import Tuning
 
 
 class State:
     """The folder ``.OUT.training`` beside a result: what the run is, how far it came, and its tensors.
+
+    ``told`` is what the run has to tell so far: a loss a step, or a row a block.
 
     As a context it holds the folder for itself; it is removed when the run has ended, or is ``over`` by an error, or before
     its first state was kept.
@@ -32,7 +31,7 @@ class State:
     def __init__(self, out: Path, recipe: Mapping[str, Any], *, force: bool) -> None:
         self.out, self.folder = out, out.with_name(f".{out.name}.training")
         self.recipe, self.force = json.loads(json.dumps(recipe)), force
-        self.step, self.losses, self.seconds = 0, list[float | None](), 0.0
+        self.step, self.told, self.seconds = 0, list[Any](), 0.0
         self.kept, self.over = time.perf_counter(), False
 
     def __enter__(self) -> Self:
@@ -67,47 +66,32 @@ class State:
                 f"a run for {self.out} stopped at step {found['step']} with another recipe: {told}; "
                 "give the same, or --force to start over"
             )
-        self.step, self.losses, self.seconds = found["step"], found["losses"], found["seconds"]
+        self.step, self.told, self.seconds = found["step"], found["told"], found["seconds"]
 
-    def load(self, tuning: Tuning, optimizer: Optimizer) -> None:
-        """Put model, optimizer and random numbers where the run stopped."""
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what was kept of the run that stopped; nothing where there was none.
+
+        Raises:
+            GossamerError: it cannot be read.
+        """
         if not self.step:
-            return
+            return {}
         file = self.folder / f"step-{self.step}.safetensors"
         try:
-            found = load_file(file)
+            found: dict[str, Tensor] = load_file(file)
         except (OSError, SafetensorError) as error:
             raise GossamerError(f"{file} cannot be read, so the run cannot go on: {error}; --force starts over") from None
-        tuning.load_state_dict(_part(found, "tuning."))
-        indices = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                mine = _part(found, f"optimizer.{indices[id(parameter)]}.")
-                optimizer.state[parameter] = {k: v.to(parameter.device) if v.ndim else v for k, v in mine.items()}
-        torch.set_rng_state(found["random"])
-        if "random.cuda" in found:
-            torch.cuda.set_rng_state(found["random.cuda"])
+        return found
 
-    def save(self, step: int, tuning: Tuning, optimizer: Optimizer, seconds: float) -> None:
+    def save(self, step: int, tensors: Mapping[str, Tensor], seconds: float) -> None:
         """Keep the state after ``step``: tensors first, then the line that names them, each atomically."""
-        tensors = {f"tuning.{name}": tensor for name, tensor in tuning.state_dict().items()}
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for index, parameter in enumerate(parameters):
-            tensors |= {f"optimizer.{index}.{name}": value for name, value in optimizer.state.get(parameter, {}).items()}
-        tensors["random"] = torch.get_rng_state()
-        if torch.cuda.is_available():
-            tensors["random.cuda"] = torch.cuda.get_rng_state()
         try:
             with replacing(self.folder / f"step-{step}.safetensors") as temporary:
                 save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, temporary)
         except SafetensorError as error:  # safetensors wraps the operating system's errors
             raise cannot_write(self.out, OSError(str(error))) from error
-        told = {"recipe": self.recipe, "step": step, "losses": self.losses, "seconds": seconds}
+        told = {"recipe": self.recipe, "step": step, "told": self.told, "seconds": seconds}
         write_text(self.folder / "training.json", json.dumps(told))
         if self.step and self.step != step:
             (self.folder / f"step-{self.step}.safetensors").unlink(missing_ok=True)
         self.step, self.kept = step, time.perf_counter()
-
-
-def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

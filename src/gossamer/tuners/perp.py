@@ -22,7 +22,7 @@ class PERP(Tuner):
     have zeros of its own, they are held.
 
     Args:
-        parts: "bias", "norm", "head", or several of them with commas between.
+        parts: "bias", "norm", "head", or several of them with commas between; None for the biases and norms that there are.
 
     Raises:
         GossamerError: another part, or one that the model has none of.
@@ -34,7 +34,7 @@ class PERP(Tuner):
     """
 
     rate: ClassVar[float] = 5e-4
-    parts: str = "bias,norm"
+    parts: str | None = None
 
     def __post_init__(self) -> None:
         unknown = [part for part in self._chosen if part not in PARTS]
@@ -43,14 +43,14 @@ class PERP(Tuner):
 
     @property
     def _chosen(self) -> list[str]:
-        return [part.strip() for part in self.parts.split(",") if part.strip()]
+        return [part.strip() for part in ("bias,norm" if self.parts is None else self.parts).split(",") if part.strip()]
 
     def start(self, model: nn.Module, how: How) -> Tuning:
         if how.targets is not None:
             raise GossamerError("PERP trains parts, not weights: leave targets= out, and say parts=")
         chosen: dict[str, nn.Parameter] = {}
         for part in self._chosen:
-            if not (found := _parameters(model, part)):
+            if not (found := _parameters(model, part)) and (self.parts is not None or (part == "norm" and not chosen)):
                 has = [other for other in PARTS if _parameters(model, other)]
                 raise GossamerError(
                     f"{type(model).__name__} has no {part} to train; it has: {', '.join(has) or 'none of the parts'}"

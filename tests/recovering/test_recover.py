@@ -108,6 +108,7 @@ def test_blocks_are_reconstructed_and_a_killed_run_goes_on(pruned: Path, text: P
     assert all(torch.equal(zeros(pruned)[name], mask) for name, mask in zeros(tmp_path / "out").items())
 
 
+@pytest.mark.filterwarnings("ignore:merging dropped:UserWarning")  # LoRAPrune's own
 @pytest.mark.parametrize(
     "method", ["MaskLoRA(rank=4)", "ScaleLoRA", "LoRAPrune(rank=4)", "SPP", "PERP", "PST", "AST", "CAST", "MaskLLM"]
 )

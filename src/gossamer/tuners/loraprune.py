@@ -24,7 +24,7 @@ class LoRAPrune(Tuner):
     LoRAPrune(rank=8)
     """
 
-    rate: ClassVar[float] = 5e-4
+    rate: ClassVar[float] = 1e-3
     rank: int = 16
     alpha: float = 32
 

@@ -33,7 +33,7 @@ class PERP(Tuner):
     PERP(parts='norm,head')
     """
 
-    rate: ClassVar[float] = 5e-4
+    rate: ClassVar[float] = 1e-3
     parts: str | None = None
 
     def __post_init__(self) -> None:

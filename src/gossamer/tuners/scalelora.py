@@ -24,7 +24,7 @@ class ScaleLoRA(Tuner):
     ScaleLoRA(rank=8)
     """
 
-    rate: ClassVar[float] = 5e-4
+    rate: ClassVar[float] = 2e-3
     rank: int = 16
 
     def start(self, model: nn.Module, how: How) -> Tuning:

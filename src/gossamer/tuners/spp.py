@@ -24,7 +24,7 @@ class SPP(Tuner):
     SPP(rank=8)
     """
 
-    rate: ClassVar[float] = 4e-3
+    rate: ClassVar[float] = 1e-2
     rank: int = 16
     alpha: float = 32
 

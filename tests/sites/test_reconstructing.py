@@ -237,12 +237,12 @@ def test_the_report_says_what_was_done_and_survives_json() -> None:
     model, dense = pair()
     report = gossamer.reconstruct(model, dense, data=ids(64), **FAST)
     assert gossamer.Report.from_json(report.to_json()) == report
-    assert report.recipe["method"] == "Reconstruct(epochs=4, rate=0.002)"
+    assert report.recipe["method"] == "Reconstruct(epochs=4, batch=4, rate=0.002)"
     assert report.blocks is not None
     assert report.blocks[1].keys() == {"name", "block", "before", "after", "steps", "raised", "seconds"}
     assert report.blocks[1]["name"] == "model.layers.1"
     assert report.blocks[1]["steps"] == 56
-    assert str(report).startswith("Reconstruct(epochs=4, rate=0.002): 14 weights")
+    assert str(report).startswith("Reconstruct(epochs=4, batch=4, rate=0.002): 14 weights")
 
 
 def unpruned() -> tuple[Any, Any]:

@@ -37,8 +37,8 @@ class Reconstruct:
     """
 
     epochs: int = 8
-    batch: int = 4
-    rate: float = 3e-4
+    batch: int = 2
+    rate: float = 1e-3
     inputs: str = "pruned"
     parts: str = "block"
     rank: int | None = None

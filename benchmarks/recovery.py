@@ -23,13 +23,15 @@ from torch.optim import Optimizer
 
 import gossamer
 from gossamer.core.errors import GossamerError
-from gossamer.core.spec import spec
+from gossamer.core.spec import parse, spec
 from gossamer.core.tuner import How, Tuner, Tuning
 from gossamer.models import causal_lm, resolve, tokenizer
-from gossamer.tuning import tuner_of
+from gossamer.recovering import WAYS
+from gossamer.sites.reconstructing import Reconstruct
 
 METHODS = (
-    "LoRA(rank=16);PERP;ScaleLoRA;SPP;LoRAPrune(rank=16);MaskLoRA(rank=16);MaskLoRA(rank=64);Full;PST;Reconstruct;"
+    "LoRA(rank=16);PERP;ScaleLoRA;SPP;LoRAPrune(rank=16);MaskLoRA(rank=16);MaskLoRA(rank=64);Full;PST;"
+    "Reconstruct(epochs=1);"
     "AST;CAST;MaskLLM"
 )
 
@@ -70,6 +72,10 @@ class _LoRA(Tuning):
         raise GossamerError("this run cannot be resumed")
 
 
+def read(method: str) -> Tuner | Reconstruct:
+    return parse(method, WAYS, "method")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="smollm2")
@@ -105,7 +111,7 @@ def main() -> None:
 
 def prune(path: Path, pruned: Path, pattern: str, args: argparse.Namespace) -> None:
     shape = gossamer.tuning.pattern_of(pattern)
-    model = causal_lm(path, torch.float32, args.device)
+    model = causal_lm(path, torch.float32)  # on the CPU, where SparseGPT's many small steps are not launches
     report = gossamer.prune(
         model,
         args.method,
@@ -116,13 +122,13 @@ def prune(path: Path, pruned: Path, pattern: str, args: argparse.Namespace) -> N
         samples=64,
         progress=False,
     )
-    gossamer.save(model.cpu(), pruned, report=report, tokenizer=tokenizer(path))
+    gossamer.save(model, pruned, report=report, tokenizer=tokenizer(path))
 
 
 def row(pruned: Path, out: Path, pattern: str, method: str, path: Path, args: argparse.Namespace) -> dict[str, Any]:
-    tuner = LoRA(int(method.removeprefix("LoRA(rank=")[:-1])) if method.startswith("LoRA(") else tuner_of(method)
+    tuner = LoRA(int(method.removeprefix("LoRA(rank=")[:-1])) if method.startswith("LoRA(") else read(method)
     mask: dict[str, Any] = {}
-    if tuner.chooses:
+    if isinstance(tuner, Tuner) and tuner.chooses:
         shape = gossamer.tuning.pattern_of(pattern)
         mask = {"pattern": pattern, "sparsity": args.sparsity if shape.takes_sparsity else None}
     began = time.perf_counter()

@@ -243,7 +243,7 @@ def test_a_dense_model_a_packed_one_and_one_of_unknown_origin_are_refused(
 
 
 def test_every_window_is_seen_before_one_comes_again() -> None:
-    plan, windows = Plan(steps=7, batch=4, micro=2, rate=1.0, clip=1.0, seed=3), torch.arange(10)[:, None]
+    plan, windows = Plan(steps=7, batch=4, micro=2, rate=1.0, max_norm=1.0, seed=3), torch.arange(10)[:, None]
     drawn = torch.cat(list(plan.batches(windows, 0))).flatten()
     assert drawn[:10].sort().values.tolist() == drawn[10:20].sort().values.tolist() == list(range(10))
     assert drawn[:10].tolist() != drawn[10:20].tolist()

@@ -47,7 +47,7 @@ def recover(
     batch: int = 4,
     micro: int | None = None,
     seqlen: int = 512,
-    clip: float = 1.0,
+    max_norm: float = 1.0,
     seed: int = 0,
     evaluate: str | Path | None = None,
     evaluated: int | None = None,
@@ -74,6 +74,7 @@ def recover(
         teacher: the dense model; by default the one that the report of ``source`` says it was pruned from.
         loss: "distill", with weights such as "distill(task=0.0, hidden=1.0)", or "task", which needs no teacher.
         rate: the learning rate at its highest; by default the method's.
+        max_norm: the norm that gradients are cut to.
         evaluate, evaluated: text on which to measure perplexity before and after, and how much of it.
         every: seconds between two states on disk.
         others: as in `gossamer.prune`.
@@ -92,7 +93,7 @@ def recover(
     wanted, blocks = parse(loss, LOSSES, "loss"), isinstance(tuner, Reconstruct)
     if blocks and (rate is not None or wanted is not distill):
         raise GossamerError(f"{show(tuner)} has a rate and a loss of its own: write Reconstruct(rate=...), and leave loss out")
-    plan = Plan(steps, batch, micro or batch, tuner.rate if rate is None else rate, clip, seed)
+    plan = Plan(steps, batch, micro or batch, tuner.rate if rate is None else rate, max_norm, seed)
     check_directory(source)
     target, before = check_out(out, source, force), _report_of(source)
     structure, tokens = skeleton(source), tokenizer(source)

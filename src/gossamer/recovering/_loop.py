@@ -28,11 +28,11 @@ class Plan:
     batch: int
     micro: int
     rate: float
-    clip: float
+    max_norm: float
     seed: int
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "micro", "rate", "clip"):
+        for name in ("steps", "batch", "micro", "rate", "max_norm"):
             if not getattr(self, name) > 0:
                 raise GossamerError(f"{name} is more than 0, not {getattr(self, name)}")
 
@@ -122,7 +122,7 @@ def by_steps(job: Job, state: State) -> Outcome:
                     raise Broken(step, "the loss", tuning)
                 found.backward()
                 total += float(found.detach())
-            if not torch.isfinite(nn.utils.clip_grad_norm_(parameters, plan.clip)):
+            if not torch.isfinite(nn.utils.clip_grad_norm_(parameters, plan.max_norm)):
                 raise Broken(step, "a gradient", tuning)
             optimizer.step()
             optimizer.zero_grad()

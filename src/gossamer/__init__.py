@@ -17,7 +17,7 @@ from gossamer.sites.distilling import distill
 from gossamer.sites.holding import hold
 from gossamer.sites.packing import pack, unpack
 from gossamer.sites.weights import prune
-from gossamer.solvers import Mask, SparseGPT
+from gossamer.solvers import ALPS, OBERT, DSnoT, Mask, NetTrim, SparseGPT
 from gossamer.speed import bench
 from gossamer.tuners import Full
 from gossamer.tuning import tune
@@ -25,19 +25,23 @@ from gossamer.tuning import tune
 __version__ = "0.1.0"
 
 __all__ = [
+    "ALPS",
     "NM",
+    "OBERT",
     "RIA",
     "Block",
     "Channel",
     "Constant",
     "Cosine",
     "Cubic",
+    "DSnoT",
     "Full",
     "GossamerError",
     "Gradient",
     "Linear",
     "Magnitude",
     "Mask",
+    "NetTrim",
     "Pattern",
     "Random",
     "Report",

@@ -7,6 +7,7 @@ over when its inputs are complete, may be changed there and then, and the pass g
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,12 +35,14 @@ class Calibration:
     Args:
         model: a transformers model with one stack of blocks.
         batches: keyword arguments of the model, one mapping a lane.
-        gram: gather Gram matrices, not only norms.
+        needs: what to gather of `INPUTS`; the norms are there whatever it says.
         device: where a block goes while it is worked on; None leaves the model where it is.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Batch], *, gram: bool, device: torch.device | None = None) -> None:
-        self.model, self.batches, self.gram, self.device = model, batches, gram, device
+    def __init__(
+        self, model: nn.Module, batches: Sequence[Batch], needs: frozenset[str], *, device: torch.device | None = None
+    ) -> None:
+        self.model, self.batches, self.needs, self.device = model, batches, needs, device
         self.name, self.blocks = blocks_of(model)
         self.outputs: list[Any] = [None] * len(batches)
         self._lane = 0  # the lane whose turn it is
@@ -52,7 +55,7 @@ class Calibration:
         by_module: dict[nn.Module, list[Target]] = {}
         for target in targets:
             by_module.setdefault(target.module, []).append(target)
-        gatherer = _Gatherer(by_module, self.gram)
+        gatherer = _Gatherer(by_module, self.needs)
         order = {module: position for position, module in enumerate(by_module)}
 
         def deal_with(module: object) -> None:
@@ -109,8 +112,9 @@ class Calibration:
 class _Gatherer:
     """Statistics of the inputs that come to the modules of one block; those that share an input share its `Stats`."""
 
-    def __init__(self, by_module: Mapping[nn.Module, Sequence[Target]], gram: bool) -> None:
-        self.by_module, self.gram = by_module, gram
+    def __init__(self, by_module: Mapping[nn.Module, Sequence[Target]], needs: frozenset[str]) -> None:
+        self.by_module = by_module
+        self.blank = partial(Stats, gram="gram" in needs, mean="mean" in needs)
         self.seen: dict[nn.Module, Stats] = {}
         self._experts: dict[str, list[Stats]] = {}
         self._last: dict[int, tuple[Tensor, int, Stats]] = {}  # lane → its last input and where that went
@@ -127,7 +131,7 @@ class _Gatherer:
             self.seen[module] = last[2]
             return
         if module not in self.seen:
-            self.seen[module] = Stats(x.shape[-1], gram=self.gram, device=x.device)
+            self.seen[module] = self.blank(x.shape[-1], device=x.device)
         self.seen[module].add(x)
         self._last[lane] = (x, x._version, self.seen[module])
 
@@ -136,7 +140,7 @@ class _Gatherer:
         for target in self.by_module[module]:
             experts, _, width = target.matrices().shape
             if target.name not in self._experts:
-                self._experts[target.name] = [Stats(width, gram=self.gram, device=device) for _ in range(experts)]
+                self._experts[target.name] = [self.blank(width, device=device) for _ in range(experts)]
             sinks.append((target, self._experts[target.name]))
         return sinks
 
@@ -174,19 +178,24 @@ class _Observed(TorchFunctionMode):
 _PRODUCTS = {nn.functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
 
 
-def gradients(model: nn.Module, batches: Sequence[Batch], targets: Sequence[Target]) -> dict[str, Tensor]:
-    """Return ∂L/∂w of each target in float32, L the mean next-token loss over all batches.
+def gradients(
+    model: nn.Module, batches: Sequence[Batch], targets: Sequence[Target], *, each: bool = False
+) -> dict[str, Tensor]:
+    """Return ∂L/∂w of each target in float32, L the mean next-token loss over all windows; or ``each`` window's own, stacked.
 
-    A gradient in the model's dtype lives only until its batch's is added to the float32 sum.
+    A gradient in the model's dtype lives only until its window's is added to the float32 sum, or kept in float32.
     """
-    sums: dict[str, Tensor] = {}
+    sums: dict[str, Any] = {}
     parameters = {target.name: getattr(target.module, target.attribute) for target in targets}
     requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
     windows = sum(batch["input_ids"].shape[0] for batch in batches)
 
     def collect(name: str, parameter: Tensor) -> None:
-        share = parameter.grad.float()  # type: ignore[union-attr]
-        sums[name] = sums[name].add_(share) if name in sums else share.clone()
+        share = parameter.grad.to(torch.float32, copy=True)  # type: ignore[union-attr]
+        if each:
+            sums.setdefault(name, []).append(share)
+        else:
+            sums[name] = sums[name].add_(share) if name in sums else share
         parameter.grad = None
 
     with ExitStack() as stack:
@@ -201,11 +210,11 @@ def gradients(model: nn.Module, batches: Sequence[Batch], targets: Sequence[Targ
                 for window in torch.split(batch["input_ids"], 1):
                     with torch.enable_grad():
                         loss = model(input_ids=window, labels=window, use_cache=False).loss
-                        (loss / windows).backward()
+                        (loss if each else loss / windows).backward()
         finally:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(requires_grad[name])
-    return sums
+    return {name: torch.stack(found) for name, found in sums.items()} if each else sums
 
 
 @contextmanager

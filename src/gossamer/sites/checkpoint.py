@@ -17,6 +17,7 @@ from gossamer.core.pattern import Pattern
 from gossamer.core.report import Report
 from gossamer.core.score import Score
 from gossamer.core.solver import Solver
+from gossamer.core.stats import INPUTS
 from gossamer.models import check_directory, quiet, skeleton
 from gossamer.sites._calibrate import Batch, Calibration, gradients
 from gossamer.sites._inputs import calibration_batches, check_batches
@@ -87,8 +88,7 @@ def prune_checkpoint(
         if "sparsities" not in run.state:
             run.state["sparsities"] = allocated(model, job, chosen, batches, where, progress)
         sparsities = run.state["sparsities"]
-        calibrates = bool(job.gather & {"norm", "gram"})
-        walk = Calibration(model, batches, gram="gram" in job.gather, device=where) if calibrates else None
+        walk = Calibration(model, batches, job.gather, device=where) if job.gather & INPUTS else None
         if walk is not None:
             walk.outputs = run.inputs(len(batches))
         grads = gradients(model, batches, chosen) if "grad" in job.gather else {}
@@ -111,8 +111,9 @@ def prune_checkpoint(
                 if walk is not None:
                     walk.block(index, inside, visit)
                 else:
+                    each = gradients(model, batches, inside, each=True) if "grads" in job.gather else {}
                     for target in inside:
-                        visit(target, blank_stats(target, grads.pop(target.name, None)))
+                        visit(target, blank_stats(target, grads.pop(target.name, None), each.pop(target.name, None)))
                 run.finish_block(position, checkpoint.block_state(list_name, index), walk.outputs if walk is not None else [])
                 checkpoint.drop(list_name, index)
         for target in (t for t in chosen if t.block is None):

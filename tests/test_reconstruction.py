@@ -233,7 +233,7 @@ def constrained(w: Tensor, f: Tensor, gone: list[int]) -> Tensor:
 def test_obert_is_the_surgeon_of_a_quadratic_loss(pattern: Pattern, windows: int) -> None:
     w, stats = quadratic(4, 16, windows)
     sparsity = None if isinstance(pattern, NM) else 0.5
-    found, mask = OBERT(block=16)(w, stats, pattern, sparsity)
+    found, mask = OBERT(block=16, damp=0.1)(w, stats, pattern, sparsity)
     unit = pattern.w if isinstance(pattern, Block) else 1
     saliency = torch.zeros(4, 16, dtype=torch.float64)
     for row in range(4):
@@ -251,7 +251,7 @@ def test_obert_knows_nothing_across_blocks_and_fills_up_the_last() -> None:
     w, stats = quadratic(3, 10, 6)
     assert stats.grads is not None
     ridge = float(stats.grads.square().mean())
-    found, mask = OBERT(block=4)(w, stats, Unstructured(), 0.4)
+    found, mask = OBERT(block=4, damp=0.1)(w, stats, Unstructured(), 0.4)
     for row in range(3):
         f = fisher(stats, row, 0.1) - 0.1 * ridge * torch.eye(10)
         piece = torch.arange(10) // 4

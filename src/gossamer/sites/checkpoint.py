@@ -19,7 +19,8 @@ from gossamer.core.score import Score
 from gossamer.core.solver import Solver
 from gossamer.core.stats import INPUTS
 from gossamer.models import check_directory, quiet, skeleton
-from gossamer.sites._calibrate import Batch, Calibration, gradients
+from gossamer.sites._calibrate import Batch, Calibration
+from gossamer.sites._gradients import gradients
 from gossamer.sites._inputs import calibration_batches, check_batches
 from gossamer.sites._job import Job, command_of, recipe_of, select_targets, show_method
 from gossamer.sites._packed_write import packed_row, sparse_layers, write_dense, write_packed
@@ -53,8 +54,8 @@ def prune_checkpoint(
     """Prune the model in ``source`` into a new directory ``out``.
 
     One block is in memory at a time, where the method allows it; each finished block is a shard of the result. A run that was
-    killed and is started again with the same arguments goes on after the last finished block, to the same bits. ``out`` appears
-    whole or not at all.
+    killed and is started again with the same arguments goes on after the last finished block, to the same bits (`OBERT` starts
+    over). ``out`` appears whole or not at all.
 
     Args:
         source: a directory with config.json and safetensors.
@@ -92,6 +93,8 @@ def prune_checkpoint(
         if walk is not None:
             walk.outputs = run.inputs(len(batches))
         grads = gradients(model, batches, chosen) if "grad" in job.gather else {}
+        if "grads" in job.gather:  # these come through the pruned blocks before, which are not read back: start over
+            run.state |= {"done": 0, "rows": []}
         rows = run.state["rows"]
         before = run.start()
 

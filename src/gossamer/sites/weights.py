@@ -17,7 +17,8 @@ from gossamer.core.score import Score
 from gossamer.core.solver import Solver
 from gossamer.core.spec import show
 from gossamer.core.stats import INPUTS, Stats
-from gossamer.sites._calibrate import Batch, Calibration, Visit, gradients
+from gossamer.sites._calibrate import Batch, Calibration, Visit
+from gossamer.sites._gradients import gradients
 from gossamer.sites._inputs import calibration_batches, check_batches
 from gossamer.sites._job import Job, check_finite, recipe_of, select_targets, show_method
 from gossamer.sites._rows import describe, peak_bytes, phases

@@ -56,6 +56,7 @@ class DSnoT(Solver):
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
+        """mean, norm, and what its start needs"""
         return frozenset({"norm", "mean"}) | (self.init.needs if self.init else frozenset())
 
     @property

@@ -28,7 +28,7 @@ class OBERT(Solver):
 
     Args:
         block: B, the side of a block of F (a multiple of a tile's width is used).
-        damp: λ, as a fraction of F's mean diagonal (the paper has 1e-7 itself).
+        damp: λ, as a fraction of F's mean diagonal (the paper has 1e-7 itself, and about a thousand gradients).
 
     Needs a backward pass for each block of the model, which has to fit in memory together with N float32 gradients of the
     block's weights; F is that of the model with the blocks before it pruned.
@@ -41,7 +41,7 @@ class OBERT(Solver):
     """
 
     block: int = 50
-    damp: float = 0.1
+    damp: float = 1.0
     needs: ClassVar[frozenset[str]] = frozenset({"grads"})
     patterns: ClassVar[tuple[type[Pattern], ...]] = (Unstructured, NM, Block)
 

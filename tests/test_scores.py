@@ -9,7 +9,7 @@ from torch import Tensor
 from gossamer import scores
 from gossamer.core.score import Score
 from gossamer.core.spec import names_in
-from gossamer.core.stats import Stats
+from gossamer.core.stats import INPUTS, Stats
 from gossamer.scores import RIA, Gradient, Magnitude, Random, Wanda
 
 W = torch.tensor([[1.0, -2.0, 0.0], [-3.0, 0.5, 4.0]])
@@ -76,7 +76,7 @@ def test_every_score_is_float32_finite_and_leaves_its_inputs_alone(name: str, dt
 @pytest.mark.parametrize("name", scores.__all__)
 def test_every_score_reads_no_more_than_it_needs(name: str) -> None:
     score = names_in(scores)[name]()
-    assert score.needs <= {"norm", "gram", "grad"}
+    assert score.needs <= {*INPUTS, "grad", "grads"}
     stats = stats_of()
     if "norm" not in score.needs:
         stats.square_sum = torch.full((3,), math.nan)

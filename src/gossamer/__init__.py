@@ -19,7 +19,7 @@ from gossamer.sites.holding import hold
 from gossamer.sites.packing import pack, unpack
 from gossamer.sites.reconstructing import Reconstruct, reconstruct
 from gossamer.sites.weights import prune
-from gossamer.solvers import Mask, SparseGPT
+from gossamer.solvers import ALPS, OBERT, DSnoT, Mask, NetTrim, SparseGPT
 from gossamer.speed import bench
 from gossamer.tuners import AST, CAST, PERP, PST, SPP, Full, LoRAPrune, MaskLLM, MaskLoRA, ScaleLoRA
 from gossamer.tuning import tune
@@ -27,9 +27,11 @@ from gossamer.tuning import tune
 __version__ = "0.1.0"
 
 __all__ = [
+    "ALPS",
     "AST",
     "CAST",
     "NM",
+    "OBERT",
     "PERP",
     "PST",
     "RIA",
@@ -39,6 +41,7 @@ __all__ = [
     "Constant",
     "Cosine",
     "Cubic",
+    "DSnoT",
     "Full",
     "GossamerError",
     "Gradient",
@@ -48,6 +51,7 @@ __all__ = [
     "Mask",
     "MaskLLM",
     "MaskLoRA",
+    "NetTrim",
     "Pattern",
     "Random",
     "Reconstruct",

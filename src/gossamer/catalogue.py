@@ -37,6 +37,6 @@ def _entry(name: str, thing: Any) -> dict[str, Any]:
     return {
         "name": name,
         "signature": f"{name}({', '.join(str(f.replace(annotation=f.empty)) for f in free)})" if free else name,
-        "needs": sorted(needs) if isinstance(needs, frozenset) else ["what its score needs"],
+        "needs": sorted(needs) if isinstance(needs, frozenset) else [inspect.getdoc(needs)],
         "summary": (thing.__doc__ or "").strip().splitlines()[0],
     }

@@ -176,3 +176,32 @@ def test_unseen_inputs_are_white() -> None:
     upper, dead, _ = stats.inverse_factor(0.01)
     assert not dead.any()
     assert torch.allclose(upper, torch.eye(5) / math.sqrt(1.01))
+
+
+@pytest.mark.parametrize("gram", [True, False])
+def test_mean_and_variance_are_those_of_float64(gram: bool) -> None:
+    x, stats = rows(40, 7) + 0.5, Stats(7, gram=gram, mean=True)
+    for batch in x.chunk(3):
+        stats.add(batch)
+    assert torch.allclose(stats.mean.double(), x.double().mean(0), rtol=1e-5)
+    assert torch.allclose(stats.variance.double(), x.double().var(0, unbiased=False), rtol=1e-4, atol=1e-5)
+    white = Stats.unseen(3)
+    assert (white.mean.tolist(), Stats(3).total) == ([0.0] * 3, None)
+
+
+def test_the_spectrum_rebuilds_the_damped_hessian_and_follows_new_inputs() -> None:
+    x = rows(30, 6)
+    x[:, 2] = 0
+    stats = gathered(x)
+    for _ in range(2):
+        exact = stats.symmetric_gram().double()
+        live = exact.diagonal()[exact.diagonal() > 0].mean()
+        exact += 0.1 * live * torch.eye(6)
+        scale, values, vectors = (t.double() for t in stats.spectrum(0.1))
+        assert torch.allclose(stats.hessian(0.1).double(), exact, rtol=1e-5)
+        unit = exact / scale / scale[:, None]
+        assert torch.allclose((vectors * values) @ vectors.T, unit, atol=1e-5)
+        assert torch.allclose(unit.diagonal(), torch.ones(6, dtype=torch.float64), rtol=1e-5)
+        assert stats.spectrum(0.1)[0] is stats.spectrum(0.1)[0], "made once"
+        assert (stats.damping, stats.dead) == (0.1, 1)
+        stats.add(x)

@@ -10,7 +10,8 @@ from torch import nn
 import gossamer
 from gossamer.core.errors import GossamerError
 from gossamer.core.stats import Stats
-from gossamer.sites._calibrate import Calibration, gradients
+from gossamer.sites._calibrate import Calibration
+from gossamer.sites._gradients import gradients
 from gossamer.sites._lockstep import lockstep
 from gossamer.sites._walk import targets
 from tests.sites.families import CAUSAL, causal, ids
@@ -41,7 +42,7 @@ def test_statistics_are_those_of_a_plain_forward(family: str) -> None:
     model = causal(family)
     expected = dense_inputs(model)
     found: dict[str, Stats] = {}
-    walk = Calibration(model, batches(), gram=True)
+    walk = Calibration(model, batches(), frozenset({"gram"}))
     for index in range(2):
         inside = [t for t in targets(model) if t.block == index]
         walk.block(index, inside, lambda target, stats: found.__setitem__(target.name, stats[0]))
@@ -87,7 +88,9 @@ def test_weights_that_share_an_input_share_its_statistics() -> None:
     model = causal("llama")
     found: dict[str, Stats] = {}
     inside = [t for t in targets(model) if t.block == 0]
-    Calibration(model, batches(), gram=True).block(0, inside, lambda t, s: found.__setitem__(t.name.split(".")[-2], s[0]))
+    Calibration(model, batches(), frozenset({"gram"})).block(
+        0, inside, lambda t, s: found.__setitem__(t.name.split(".")[-2], s[0])
+    )
     assert found["q_proj"] is found["k_proj"] is found["v_proj"]
     assert found["gate_proj"] is found["up_proj"]
     assert len({id(s) for s in found.values()}) == 4
@@ -111,7 +114,7 @@ def test_each_expert_sees_the_tokens_routed_to_it(family: str) -> None:
     handle.remove()
     found: dict[str, list[Stats]] = {}
     inside = [t for t in targets(model) if t.block == 0]
-    Calibration(model, batches(), gram=True).block(0, inside, lambda t, s: found.__setitem__(t.attribute, s))
+    Calibration(model, batches(), frozenset({"gram"})).block(0, inside, lambda t, s: found.__setitem__(t.attribute, s))
     for expert in range(4):
         x = torch.cat(routed[expert])
         stats = found["gate_up_proj"][expert]

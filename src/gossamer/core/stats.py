@@ -1,10 +1,15 @@
 """Stats: what calibration learnt about the inputs of a weight (or of several that share them)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 # The Gram product is symmetric: compute column panels of the lower triangle only, wide enough for the matrix unit.
 PANELS = 4
+
+# What is gathered from a weight's inputs, block by block; the rest of what a method may need comes from a backward pass.
+INPUTS = frozenset({"norm", "mean", "gram"})
 
 
 class Stats:
@@ -13,32 +18,40 @@ class Stats:
     Attributes:
         tokens: how many input rows were seen.
         square_sum: Σ x², shape (in,).
+        total: Σ x, shape (in,), where the mean was asked for; None otherwise.
         gram: Σ x xᵀ, shape (in, in), where it was asked for; None otherwise.
         grad: gradient of the loss with respect to the weight, its shape, where it was asked for; None otherwise.
         white: no input was seen, and the statistics are those of white inputs.
         damping: the damping the last factorisation needed; None before there was one.
         dead: how many inputs that factorisation found to be always zero.
+        grads: the same of each calibration window on its own, (windows, out, in), where asked for; None otherwise.
+        notes: what a solver has to say of the last weight it solved, for the weight's row in the report.
     """
 
-    def __init__(self, width: int, *, gram: bool = False, device: torch.device | str = "cpu") -> None:
+    def __init__(self, width: int, *, gram: bool = False, mean: bool = False, device: torch.device | str = "cpu") -> None:
         self.tokens = 0
         self.square_sum = torch.zeros(width, dtype=torch.float32, device=device)
+        self.total = torch.zeros(width, dtype=torch.float32, device=device) if mean else None
         self.gram = torch.zeros(width, width, dtype=torch.float32, device=device) if gram else None
         self.grad: Tensor | None = None
+        self.grads: Tensor | None = None
         self.white = False
         self.damping: float | None = None
         self.dead = 0
+        self.notes: dict[str, Any] = {}
         self._factors: dict[float, tuple[Tensor, Tensor, float]] = {}
+        self._spectra: dict[float, tuple[Tensor, Tensor, Tensor]] = {}
 
     @classmethod
     def unseen(cls, width: int, *, device: torch.device | str = "cpu") -> "Stats":
-        """Return the statistics of white inputs, under which every method ranks by magnitude.
+        """Return the statistics of white inputs (mean 0, variance 1), under which every method ranks by magnitude.
 
         For a weight that no calibration token reached: an expert nothing was routed to.
         """
         stats = cls(width, gram=False, device=device)
         stats.white = True
         stats.square_sum.fill_(1.0)
+        stats.total = torch.zeros_like(stats.square_sum)
         stats.gram = torch.eye(width, dtype=torch.float32, device=device)
         return stats
 
@@ -47,7 +60,10 @@ class Stats:
         """Add input rows x of shape (..., in), any float dtype."""
         x = x.detach().reshape(-1, x.shape[-1]).float()
         self._factors.clear()
+        self._spectra.clear()
         self.tokens += x.shape[0]
+        if self.total is not None:
+            self.total += x.sum(0)
         if self.gram is None:
             self.square_sum += torch.linalg.vector_norm(x, dim=0).square_()
             return
@@ -62,6 +78,17 @@ class Stats:
     def norm(self) -> Tensor:
         """‖x_j‖₂ of each input feature over all calibration tokens, shape (in,)."""
         return self.square_sum.clamp_min(0).sqrt()
+
+    @property
+    def mean(self) -> Tensor:
+        """E[x_j] of each input feature over the calibration tokens, shape (in,)."""
+        assert self.total is not None, "the mean was not asked for"
+        return self.total / max(self.tokens, 1)
+
+    @property
+    def variance(self) -> Tensor:
+        """E[x_j²] − E[x_j]² of each input feature over the calibration tokens, shape (in,)."""
+        return (self.square_sum / max(self.tokens, 1) - self.mean.square()).clamp_min(0)
 
     def symmetric_gram(self) -> Tensor:
         """Return Σ x xᵀ in full, shape (in, in), as a new tensor."""
@@ -87,11 +114,7 @@ class Stats:
         """
         if damp not in self._factors:
             assert self.gram is not None, "the Gram matrix was not asked for"
-            diagonal = self.gram.diagonal()
-            if not bool(diagonal.isfinite().all()):  # x_i x_j is infinite or NaN only where x_i² or x_j² is
-                raise ArithmeticError("the calibration inputs hold NaN or infinities")
-            dead = diagonal == 0
-            mean = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
+            diagonal, dead, mean = self._diagonal()
             used = damp
             while True:
                 # Wide layers make these matrices large, so each is dropped as soon as the next is there. Only H's lower
@@ -111,3 +134,39 @@ class Stats:
             self._factors[damp] = (upper, dead, used)
             self.damping, self.dead = used, int(dead.sum())
         return self._factors[damp]
+
+    def hessian(self, damp: float) -> Tensor:
+        """Return H = X Xᵀ + λ·mean(diag)·I in full, shape (in, in), as a new tensor; the mean is over inputs not always zero.
+
+        Raises:
+            ArithmeticError: the statistics hold NaN or infinities.
+        """
+        _, dead, mean = self._diagonal()
+        h = self.symmetric_gram()
+        h.diagonal().add_(damp * mean)
+        self.damping, self.dead = damp, int(dead.sum())
+        return h
+
+    def spectrum(self, damp: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Decompose H with its diagonal scaled to one: S H S = Q Λ Qᵀ, S = diag(H)^−½, H = `hessian(damp)`.
+
+        Made once for all weights that share the input; where the Gram matrix has no full rank, eigenvalues are zero at worst.
+
+        Returns:
+            The scale diag(H)^½, shape (in,); Λ ≥ 0, shape (in,); Q, shape (in, in), an eigenvector a column.
+        """
+        if damp not in self._spectra:
+            h = self.hessian(damp)
+            scale = h.diagonal().sqrt()
+            values, vectors = torch.linalg.eigh(h.div_(scale).div_(scale[:, None]))
+            self._spectra[damp] = (scale, values.clamp_min_(0), vectors)
+        return self._spectra[damp]
+
+    def _diagonal(self) -> tuple[Tensor, Tensor, float]:
+        """Return the Gram matrix's diagonal, where it is zero, and its mean where it is not; raise unless it is finite."""
+        assert self.gram is not None, "the Gram matrix was not asked for"
+        diagonal = self.gram.diagonal()
+        if not bool(diagonal.isfinite().all()):  # x_i x_j is infinite or NaN only where x_i² or x_j² is
+            raise ArithmeticError("the calibration inputs hold NaN or infinities")
+        dead = diagonal == 0
+        return diagonal, dead, float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0

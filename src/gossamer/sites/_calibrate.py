@@ -42,12 +42,14 @@ class Calibration:
     Args:
         model: a transformers model with one stack of blocks.
         batches: keyword arguments of the model, one mapping a lane.
-        gram: gather Gram matrices, not only norms.
+        needs: what to gather of `INPUTS`; the norms are there whatever it says.
         device: where a block goes while it is worked on; None leaves the model where it is.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Batch], *, gram: bool, device: torch.device | None = None) -> None:
-        self.model, self.batches, self.gram, self.device = model, batches, gram, device
+    def __init__(
+        self, model: nn.Module, batches: Sequence[Batch], needs: frozenset[str], *, device: torch.device | None = None
+    ) -> None:
+        self.model, self.batches, self.needs, self.device = model, batches, needs, device
         self.name, self.blocks = blocks_of(model)
         self.outputs: list[Any] = [None] * len(batches)
         self._lane = 0  # the lane whose turn it is
@@ -60,7 +62,7 @@ class Calibration:
         by_module: dict[nn.Module, list[Target]] = {}
         for target in targets:
             by_module.setdefault(target.module, []).append(target)
-        gatherer = Gatherer(by_module, self.gram)
+        gatherer = Gatherer(by_module, self.needs)
         order = {module: position for position, module in enumerate(by_module)}
 
         def deal_with(module: object) -> None:
@@ -142,40 +144,6 @@ class Calibration:
     def _finish(self, output: Any, home: torch.device) -> None:
         self.outputs[self._lane] = moved(output, home) if self.device is not None else output
         raise _Stop
-
-
-def gradients(model: nn.Module, batches: Sequence[Batch], targets: Sequence[Target]) -> dict[str, Tensor]:
-    """Return ∂L/∂w of each target in float32, L the mean next-token loss over all batches.
-
-    A gradient in the model's dtype lives only until its batch's is added to the float32 sum.
-    """
-    sums: dict[str, Tensor] = {}
-    parameters = {target.name: getattr(target.module, target.attribute) for target in targets}
-    requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-    windows = sum(batch["input_ids"].shape[0] for batch in batches)
-
-    def collect(name: str, parameter: Tensor) -> None:
-        share = parameter.grad.float()  # type: ignore[union-attr]
-        sums[name] = sums[name].add_(share) if name in sums else share.clone()
-        parameter.grad = None
-
-    with ExitStack() as stack:
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(True)
-            hook = lambda p, name=name: collect(name, p)  # noqa: E731
-            stack.enter_context(_hook(parameter.register_post_accumulate_grad_hook(hook)))
-        try:
-            for batch in batches:
-                for window in torch.split(batch["input_ids"], 1):
-                    with torch.enable_grad():
-                        loss = model(input_ids=window, labels=window, use_cache=False).loss
-                        (loss / windows).backward()
-        finally:
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(requires_grad[name])
-    return sums
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Statistics of what comes to the weights of one block, gathered while the model's own forward runs through it."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from gossamer.sites._walk import Target
 class Gatherer:
     """Statistics of the inputs that come to the modules of one block; those that share an input share its `Stats`."""
 
-    def __init__(self, by_module: Mapping[nn.Module, Sequence[Target]], gram: bool) -> None:
-        self.by_module, self.gram = by_module, gram
+    def __init__(self, by_module: Mapping[nn.Module, Sequence[Target]], needs: frozenset[str]) -> None:
+        self.by_module = by_module
+        self.blank = partial(Stats, gram="gram" in needs, mean="mean" in needs)
         self.seen: dict[nn.Module, Stats] = {}
         self._experts: dict[str, list[Stats]] = {}
         self._last: dict[int, tuple[Tensor, int, Stats]] = {}  # lane → its last input and where that went
@@ -33,7 +35,7 @@ class Gatherer:
             self.seen[module] = last[2]
             return
         if module not in self.seen:
-            self.seen[module] = Stats(x.shape[-1], gram=self.gram, device=x.device)
+            self.seen[module] = self.blank(x.shape[-1], device=x.device)
         self.seen[module].add(x)
         self._last[lane] = (x, x._version, self.seen[module])
 
@@ -42,7 +44,7 @@ class Gatherer:
         for target in self.by_module[module]:
             experts, _, width = target.matrices().shape
             if target.name not in self._experts:
-                self._experts[target.name] = [Stats(width, gram=self.gram, device=device) for _ in range(experts)]
+                self._experts[target.name] = [self.blank(width, device=device) for _ in range(experts)]
             sinks.append((target, self._experts[target.name]))
         return sinks
 

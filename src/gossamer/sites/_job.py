@@ -17,7 +17,7 @@ from gossamer.core.pattern import Pattern, Unstructured, not_finite
 from gossamer.core.score import Score
 from gossamer.core.solver import Solver
 from gossamer.core.spec import names_in, parse, show
-from gossamer.core.stats import Stats
+from gossamer.core.stats import INPUTS, Stats
 from gossamer.sites._rows import row, told
 from gossamer.sites._walk import Target, targets
 
@@ -73,7 +73,7 @@ class Job:
     @property
     def blockwise(self) -> bool:
         """Whether each block can be pruned knowing only itself and what comes before it."""
-        return "grad" not in self.gather and not self.allocation_needs
+        return not self.gather & {"grad", "grads"} and not self.allocation_needs
 
     @property
     def allocation_needs(self) -> frozenset[str]:
@@ -105,7 +105,7 @@ def select_targets(model: nn.Module, job: Job, expression: str | None, *, weight
     """Return the targets, all of which the pattern fits; ``weightless`` for a model that has no weights yet."""
     chosen = targets(model, expression)
     outside = [target.name for target in chosen if target.block is None]
-    if outside and job.gather & {"norm", "gram"}:
+    if outside and job.gather & INPUTS:
         raise GossamerError(
             f"{outside[0]} stands outside the blocks, where {show_method(job.solver)} has no calibration; "
             "prune it with a data-free method such as Magnitude"

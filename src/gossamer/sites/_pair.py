@@ -54,11 +54,11 @@ class Pair:
         device: torch.device | None,
     ) -> None:
         self.how, self.masks, self.batches, self.device = how, masks, batches, device
-        self.kept = Calibration(model, batches, gram=False, device=device)
+        self.kept = Calibration(model, batches, frozenset(), device=device)
         place = next(teacher.parameters()).device
         offloaded = any(p.is_meta for p in teacher.parameters())  # accelerate moves it
         inputs = batches if place.type == "meta" else [moved(dict(batch), place) for batch in batches]
-        self.dense = Calibration(teacher, inputs, gram=False, device=None if offloaded else device)
+        self.dense = Calibration(teacher, inputs, frozenset(), device=None if offloaded else device)
         self.name, self.blocks = self.kept.name, self.kept.blocks
         self.end = 1 + max(target.block for target in masks if target.block is not None)  # behind it nothing is pruned
         self.held = max(len(batches) // HELD, 1)

@@ -42,6 +42,8 @@ def told(stats: Sequence[Stats]) -> dict[str, Any]:
         told["damp"] = max(damping)
     if dead := sum(s.dead for s in stats):
         told["dead_inputs"] = dead
+    for key in dict.fromkeys(key for s in stats for key in s.notes):
+        told[key] = max(s.notes[key] for s in stats if key in s.notes)
     return told
 
 

@@ -17,8 +17,10 @@ from gossamer.core.pattern import Pattern
 from gossamer.core.report import Report
 from gossamer.core.score import Score
 from gossamer.core.solver import Solver
+from gossamer.core.stats import INPUTS
 from gossamer.models import check_directory, quiet, skeleton
-from gossamer.sites._calibrate import Batch, Calibration, gradients
+from gossamer.sites._calibrate import Batch, Calibration
+from gossamer.sites._gradients import gradients
 from gossamer.sites._inputs import calibration_batches, check_batches
 from gossamer.sites._job import Job, command_of, recipe_of, select_targets, show_method
 from gossamer.sites._packed_write import packed_row, sparse_layers, write_dense, write_packed
@@ -52,8 +54,8 @@ def prune_checkpoint(
     """Prune the model in ``source`` into a new directory ``out``.
 
     One block is in memory at a time, where the method allows it; each finished block is a shard of the result. A run that was
-    killed and is started again with the same arguments goes on after the last finished block, to the same bits. ``out`` appears
-    whole or not at all.
+    killed and is started again with the same arguments goes on after the last finished block, to the same bits (`OBERT` starts
+    over). ``out`` appears whole or not at all.
 
     Args:
         source: a directory with config.json and safetensors.
@@ -87,11 +89,12 @@ def prune_checkpoint(
         if "sparsities" not in run.state:
             run.state["sparsities"] = allocated(model, job, chosen, batches, where, progress)
         sparsities = run.state["sparsities"]
-        calibrates = bool(job.gather & {"norm", "gram"})
-        walk = Calibration(model, batches, gram="gram" in job.gather, device=where) if calibrates else None
+        walk = Calibration(model, batches, job.gather, device=where) if job.gather & INPUTS else None
         if walk is not None:
             walk.outputs = run.inputs(len(batches))
         grads = gradients(model, batches, chosen) if "grad" in job.gather else {}
+        if "grads" in job.gather:  # these come through the pruned blocks before, which are not read back: start over
+            run.state |= {"done": 0, "rows": []}
         rows = run.state["rows"]
         before = run.start()
 
@@ -111,8 +114,9 @@ def prune_checkpoint(
                 if walk is not None:
                     walk.block(index, inside, visit)
                 else:
+                    each = gradients(model, batches, inside, each=True) if "grads" in job.gather else {}
                     for target in inside:
-                        visit(target, blank_stats(target, grads.pop(target.name, None)))
+                        visit(target, blank_stats(target, grads.pop(target.name, None), each.pop(target.name, None)))
                 run.finish_block(position, checkpoint.block_state(list_name, index), walk.outputs if walk is not None else [])
                 checkpoint.drop(list_name, index)
         for target in (t for t in chosen if t.block is None):

@@ -16,8 +16,9 @@ from gossamer.core.report import Report
 from gossamer.core.score import Score
 from gossamer.core.solver import Solver
 from gossamer.core.spec import show
-from gossamer.core.stats import Stats
-from gossamer.sites._calibrate import Batch, Calibration, Visit, gradients
+from gossamer.core.stats import INPUTS, Stats
+from gossamer.sites._calibrate import Batch, Calibration, Visit
+from gossamer.sites._gradients import gradients
 from gossamer.sites._inputs import calibration_batches, check_batches
 from gossamer.sites._job import Job, check_finite, recipe_of, select_targets, show_method
 from gossamer.sites._rows import describe, peak_bytes, phases
@@ -138,14 +139,17 @@ def visit_all(
     visit: Visit,
 ) -> None:
     """Hand over every target once with the statistics named in ``gather``, block by block where these come from inputs."""
-    if gather & {"norm", "gram"}:
-        walk = Calibration(model, batches, gram="gram" in gather, device=device)
+    if gather & INPUTS:
+        walk = Calibration(model, batches, gather, device=device)
         for index in range(len(walk.blocks)):
             walk.block(index, [target for target in chosen if target.block == index], visit)
         return
     grads = gradients(model, batches, chosen) if "grad" in gather else {}
-    for target in chosen:
-        visit(target, blank_stats(target, grads.pop(target.name, None)))
+    for block in dict.fromkeys(target.block for target in chosen):
+        inside = [target for target in chosen if target.block == block]
+        each = gradients(model, batches, inside, each=True) if "grads" in gather else {}  # large: of one block at a time
+        for target in inside:
+            visit(target, blank_stats(target, grads.pop(target.name, None), each.pop(target.name, None)))
 
 
 def allocated(
@@ -196,14 +200,16 @@ def _score_of(job: Job) -> Score:
     )
 
 
-def blank_stats(target: Target, grad: Tensor | None = None) -> list[Stats]:
-    """Return statistics without inputs, one for each matrix of the target, holding the gradient where there is one."""
+def blank_stats(target: Target, grad: Tensor | None = None, grads: Tensor | None = None) -> list[Stats]:
+    """Return statistics without inputs, one for each matrix of the target, holding its gradients where there are some."""
     count, _, width = target.matrices().shape
     stats = [Stats(width, device=target.parameter.device) for _ in range(count)]
-    if grad is not None:
-        stacked = grad if target.stacked else grad.unsqueeze(0)
-        for known, g in zip(stats, stacked.transpose(-1, -2) if target.transposed else stacked, strict=True):
-            known.grad = g
+    for name, given in (("grad", grad), ("grads", grads)):
+        if given is not None:
+            stacked = given if target.stacked else given.unsqueeze(-3)
+            matrices = (stacked.transpose(-1, -2) if target.transposed else stacked).unbind(-3)
+            for known, matrix in zip(stats, matrices, strict=True):
+                setattr(known, name, matrix)
     return stats
 
 

@@ -26,6 +26,7 @@ class Mask(Solver):
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
+        """what its score needs"""
         return self.score.needs
 
     @property

@@ -24,7 +24,9 @@ def pruned(tiny_dir: Path, tmp_path: Path) -> Path:
 
 def test_recover_trains_and_keeps_the_zeros(run: Any, pruned: Path, bright: Path, tmp_path: Path) -> None:  # noqa: F811
     out = tmp_path / "out"
-    done = run("recover", pruned, "--data", bright, *SMALL, "--eval-data", bright, "--windows", 2, "--out", out)
+    done = run(
+        "recover", pruned, "--data", bright, *SMALL, "--eval-data", bright, "--windows", 2, "--eval-seqlen", 16, "--out", out
+    )
     assert done.status == 0, done.err
     assert "Full 2:4: 14 weights" in done.out
     assert re.search(r"perplexity \d+\.\d\d → \d+\.\d\d, dense \d+\.\d\d", done.out)

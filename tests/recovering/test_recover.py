@@ -1,6 +1,7 @@
 """Recover: a directory in, a trained one with the same zeros out, whatever comes between."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,30 @@ class Killed(BaseException):
     pass
 
 
+@pytest.fixture
+def kill(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Recover with every state kept, until the one after some step is on disk."""
+
+    def call(at: int, *args: Any, **how: Any) -> None:
+        save = State.save
+
+        def dies(self: State, step: int, *state: Any) -> None:
+            save(self, step, *state)
+            if step == at:
+                raise Killed
+
+        torch.manual_seed(at)  # whatever stands there, a run has random numbers of its own
+        with monkeypatch.context() as patch:
+            patch.setattr(State, "save", dies)
+            with pytest.raises(Killed):
+                gossamer.recover(*args, every=0, **how)
+
+    return call
+
+
 def test_the_zeros_stay_the_loss_falls_and_the_report_says_so(pruned: Path, text: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    report = gossamer.recover(pruned, out, data=text, evaluate=text, **SMALL | {"steps": 20})
+    out, random = tmp_path / "out", torch.get_rng_state()
+    report = gossamer.recover(pruned, out, data=text, evaluate=text, eval_seqlen=16, **SMALL | {"steps": 20})
     before, after = zeros(pruned), zeros(out)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert report.kind == "recover"
@@ -58,24 +80,15 @@ def test_the_zeros_stay_the_loss_falls_and_the_report_says_so(pruned: Path, text
     assert trained["trainable"] == report.model["parameters"]
     assert report.recipe["pruned_by"] == "Magnitude"
     assert report.recipe["pattern"] == "2:4"
+    assert torch.equal(random, torch.get_rng_state())  # the caller's own
     assert gossamer.Report.load(out / "report.json") == report
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
     gossamer.pack(gossamer.load(out), "NM", pattern="2:4")
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(pruned: Path, text: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_killed_run_goes_on_to_the_same_bits(pruned: Path, text: Path, tmp_path: Path, kill: Any) -> None:
     whole = gossamer.recover(pruned, tmp_path / "whole", data=text, **SMALL)
-    save = State.save
-
-    def dies(self: State, step: int, *args: Any) -> None:
-        save(self, step, *args)
-        if step == 3:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(State, "save", dies)
-        with pytest.raises(Killed):
-            gossamer.recover(pruned, tmp_path / "out", data=text, every=0, **SMALL)
+    kill(3, pruned, tmp_path / "out", data=text, **SMALL)
     assert not (tmp_path / "out").exists()
     assert sorted(p.name for p in (tmp_path / ".out.training").iterdir()) == ["lock", "step-3.safetensors", "training.json"]
     again = gossamer.recover(pruned, tmp_path / "out", data=text, **SMALL)
@@ -85,22 +98,18 @@ def test_a_killed_run_goes_on_to_the_same_bits(pruned: Path, text: Path, tmp_pat
     assert not (tmp_path / ".out.training").exists()
 
 
-def test_blocks_are_reconstructed_and_a_killed_run_goes_on(pruned: Path, text: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_blocks_are_reconstructed_and_a_killed_run_goes_on(pruned: Path, text: Path, tmp_path: Path, kill: Any) -> None:
     small = {"steps": 6, "batch": 2, "seqlen": 16}
-    whole = gossamer.recover(pruned, tmp_path / "whole", "Reconstruct(epochs=4)", data=text, evaluate=text, **small)
+    whole = gossamer.recover(
+        pruned, tmp_path / "whole", "Reconstruct(epochs=4)", data=text, evaluate=text, eval_seqlen=16, **small
+    )
     assert whole.blocks is not None
     assert [block["block"] for block in whole.blocks] == [0, 1]
     assert all(block["after"] < block["before"] for block in whole.blocks)
-    save = State.save
-
-    def dies(self: State, step: int, *args: Any) -> None:
-        save(self, step, *args)
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(State, "save", dies)
-        with pytest.raises(Killed):
-            gossamer.recover(pruned, tmp_path / "out", "Reconstruct(epochs=4)", data=text, every=0, **small)
+    blocks = gossamer.load(pruned).model.layers
+    assert whole.training is not None
+    assert whole.training["trainable"] == sum(p.numel() for p in blocks.parameters())
+    kill(1, pruned, tmp_path / "out", "Reconstruct(epochs=4)", data=text, **small)
     again = gossamer.recover(pruned, tmp_path / "out", "Reconstruct(epochs=4)", data=text, **small)
     assert [block["after"] for block in again.blocks or []] == [block["after"] for block in whole.blocks]
     ours, wanted = tensors(tmp_path / "out"), tensors(tmp_path / "whole")
@@ -113,22 +122,12 @@ def test_blocks_are_reconstructed_and_a_killed_run_goes_on(pruned: Path, text: P
     "method", ["MaskLoRA(rank=4)", "ScaleLoRA", "LoRAPrune(rank=4)", "SPP", "PERP", "PST", "AST", "CAST", "MaskLLM"]
 )
 def test_every_way_of_training_goes_on_to_the_same_bits(
-    pruned: Path, text: Path, tmp_path: Path, monkeypatch: Any, method: str
+    pruned: Path, text: Path, tmp_path: Path, kill: Any, method: str
 ) -> None:
     chooses = {"pattern": "2:4"} if method in ("PST", "AST", "CAST", "MaskLLM") else {}
     how = SMALL | chooses | {"data": text, "method": method}
     whole = gossamer.recover(pruned, tmp_path / "whole", **how)
-    save = State.save
-
-    def dies(self: State, step: int, *args: Any) -> None:
-        save(self, step, *args)
-        if step == 3:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(State, "save", dies)
-        with pytest.raises(Killed):
-            gossamer.recover(pruned, tmp_path / "out", every=0, **how)
+    kill(3, pruned, tmp_path / "out", **how)
     again = gossamer.recover(pruned, tmp_path / "out", **how)
     assert again.training == whole.training
     ours, wanted = tensors(tmp_path / "out"), tensors(tmp_path / "whole")
@@ -138,17 +137,14 @@ def test_every_way_of_training_goes_on_to_the_same_bits(
     assert again.totals["sparsity"] == 0.5
 
 
-def test_another_recipe_is_refused_and_told_apart(pruned: Path, text: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(State, "save", lambda *args, save=State.save: (save(*args), (_ for _ in ()).throw(Killed())))
-    with pytest.raises(Killed):
-        gossamer.recover(pruned, tmp_path / "out", data=text, every=0, **SMALL)
-    monkeypatch.undo()
+def test_another_recipe_is_refused_and_told_apart(pruned: Path, text: Path, tmp_path: Path, kill: Any) -> None:
+    kill(1, pruned, tmp_path / "out", data=text, **SMALL)
     with pytest.raises(
         GossamerError, match=r"stopped at step 1 with another recipe: steps was 6 and is 7, rate was 0.001 and is"
     ):
         gossamer.recover(pruned, tmp_path / "out", data=text, **SMALL | {"steps": 7, "rate": 1e-4})
     text.write_text(text.read_text()[40:])
-    with pytest.raises(GossamerError, match="text was "):
+    with pytest.raises(GossamerError, match="with another recipe: the text changed; give"):
         gossamer.recover(pruned, tmp_path / "out", data=text, **SMALL)
     report = gossamer.recover(pruned, tmp_path / "out", data=text, force=True, **SMALL | {"steps": 7})
     assert report.training is not None
@@ -165,6 +161,9 @@ def test_a_loss_that_is_nan_stops_with_the_model_before_it(pruned: Path, text: P
 
     monkeypatch.setattr(gossamer.sites.distilling, "Distill", Spoilt)
     with pytest.raises(GossamerError, match=r"the loss is not finite at step 4 .*the model after step 3 is in .*out-step-3"):
+        gossamer.recover(pruned, tmp_path / "out", data=text, every=0, **SMALL)
+    Spoilt.calls = 0
+    with pytest.raises(GossamerError, match=r"the model after step 3 is in .*out-step-3-1"):  # what is there is left alone
         gossamer.recover(pruned, tmp_path / "out", data=text, every=0, **SMALL)
     monkeypatch.undo()
     assert not (tmp_path / "out").exists()
@@ -231,7 +230,7 @@ def test_a_mistake_changes_nothing(pruned: Path, text: Path, tmp_path: Path, how
 def test_a_dense_model_a_packed_one_and_one_of_unknown_origin_are_refused(
     tiny_dir: Path, pruned: Path, text: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(GossamerError, match="prune the model first"):
+    with pytest.raises(GossamerError, match=r"only 0.00% of the weights are zero, and Full is to keep zeros: prune .* LoRA"):
         gossamer.recover(tiny_dir, tmp_path / "out", data=text, loss="task", **SMALL)
     gossamer.save(gossamer.load(pruned), tmp_path / "packed", packed=True)
     with pytest.raises(GossamerError, match="gossamer unpack"):
@@ -264,3 +263,15 @@ def test_the_report_is_json_that_has_every_loss(pruned: Path, text: Path, tmp_pa
     found = json.loads((tmp_path / "out" / "report.json").read_text())
     assert len(found["training"]["losses"]) == SMALL["steps"]
     assert found["recipe"]["teacher"] is None
+
+
+def test_what_was_trained_before_is_known_when_it_is_trained_again(pruned: Path, text: Path, tmp_path: Path) -> None:
+    first = gossamer.recover(pruned, tmp_path / "once", data=text, **SMALL)
+    again = gossamer.recover(tmp_path / "once", tmp_path / "twice", "MaskLoRA(rank=2)", data=text, **SMALL)
+    assert again.recipe["pruned_by"] == "Magnitude → Full"
+    assert again.recipe["teacher"] == first.recipe["teacher"]
+
+
+def test_the_rate_rises_over_a_tenth_of_the_steps_and_falls_to_nothing() -> None:
+    plan = Plan(steps=20, batch=1, micro=1, rate=1.0, max_norm=1.0, seed=0)
+    assert [plan.factor(step) for step in (0, 1, 2, 10, 19)] == pytest.approx([0.5, 0.95, 0.9, 0.5, 0.05])

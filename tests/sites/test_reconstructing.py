@@ -239,7 +239,7 @@ def test_the_report_says_what_was_done_and_survives_json() -> None:
     assert gossamer.Report.from_json(report.to_json()) == report
     assert report.recipe["method"] == "Reconstruct(epochs=4, batch=4, rate=0.002)"
     assert report.blocks is not None
-    assert report.blocks[1].keys() == {"name", "block", "before", "after", "steps", "raised", "seconds"}
+    assert report.blocks[1].keys() == {"name", "block", "before", "after", "steps", "trained", "raised", "seconds"}
     assert report.blocks[1]["name"] == "model.layers.1"
     assert report.blocks[1]["steps"] == 56
     assert str(report).startswith("Reconstruct(epochs=4, batch=4, rate=0.002): 14 weights")

@@ -49,3 +49,15 @@ def check_rank(r: int) -> None:
     """Raise GossamerError if a rank is none."""
     if not isinstance(r, int) or r < 1:
         raise GossamerError(f"the rank r is a whole number of at least 1, not {r!r}")
+
+
+@dataclass
+class LowRankConfig(SparseConfig):
+    """What a low-rank update s·BA takes, s = alpha / r."""
+
+    r: int = 16
+    alpha: float = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_rank(self.r)

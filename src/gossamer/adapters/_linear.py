@@ -1,6 +1,7 @@
 """The product of an adapted linear, y = x·W'ᵀ + b, whose weight W' is made anew in the backward pass instead of being kept."""
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from gossamer.adapters._mask import fingerprint
 
 
-class Adapter(nn.Module):
+class Adapter(nn.Module, ABC):
     """An adapter of one weight W of shape (out, in). A method states W', and what a gradient of W' is to its parameters.
 
     Attributes:
@@ -28,14 +29,14 @@ class Adapter(nn.Module):
         self.register_buffer("mask", fingerprint(w))
 
     @staticmethod
+    @abstractmethod
     def weight(w: Tensor, *parameters: Any) -> Tensor:
         """Return W', as the forward pass uses it."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def gradients(g: Tensor, w: Tensor, *parameters: Any) -> tuple[Tensor, ...]:
         """Return the parameters' gradients, given W's, which may be overwritten."""
-        raise NotImplementedError
 
     def constants(self, w: Tensor) -> tuple[Any, ...]:
         """Return what `weight` and `gradients` take after the parameters, tensors before numbers; nothing of it is trained."""
@@ -60,6 +61,28 @@ class Adapter(nn.Module):
 
     def advance(self) -> None:
         """Count an optimizer step, where there is a schedule."""
+
+
+class LowRank(Adapter):
+    """W + s·BA, with s = alpha / r; B is (out, r) and zero at the start, A is (r, in)."""
+
+    def __init__(self, config: Any, w: Tensor) -> None:
+        super().__init__(config, w)
+        out, in_ = w.shape
+        self.scale = config.alpha / config.r
+        self.B = nn.Parameter(torch.zeros(out, config.r))
+        self.A = nn.Parameter(lora_a(config.r, in_))
+
+    def constants(self, w: Tensor) -> tuple[float]:
+        return (self.scale,)
+
+    @staticmethod
+    def weight(w: Tensor, b: Tensor, a: Tensor, s: float) -> Tensor:
+        return plus_product(w, b, a, s)
+
+    @staticmethod
+    def gradients(g: Tensor, w: Tensor, b: Tensor, a: Tensor, s: float) -> tuple[Tensor, Tensor]:
+        return (g @ a.t()).mul_(s), (b.t() @ g).mul_(s)
 
 
 class Recomputed(torch.autograd.Function):

@@ -1,34 +1,19 @@
 """LoRA-Prune: an ordinary LoRA while it trains, masked when it is merged."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from gossamer.adapters._config import Method, SparseConfig, check_rank
-from gossamer.adapters._linear import Adapter, lora_a, plus_product
+from gossamer.adapters._config import LowRankConfig, Method
+from gossamer.adapters._linear import Adapter, LowRank
 
 
-class LoRAPrune(Adapter):
+class LoRAPrune(LowRank):
     """W' = W + s·BA in training, W + s·M⊙(BA) once merged: the two differ where W is zero."""
 
     exact: ClassVar[bool] = False
-
-    def __init__(self, config: Any, w: Tensor) -> None:
-        super().__init__(config, w)
-        out, in_ = w.shape
-        self.scale = config.alpha / config.r
-        self.B = nn.Parameter(torch.zeros(out, config.r))
-        self.A = nn.Parameter(lora_a(config.r, in_))
-
-    def constants(self, w: Tensor) -> tuple[float]:
-        return (self.scale,)
-
-    @staticmethod
-    def weight(w: Tensor, b: Tensor, a: Tensor, s: float) -> Tensor:
-        return plus_product(w, b, a, s)
 
     def forward(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         update = F.linear(F.linear(x.to(self.A.dtype), self.A), self.B) * self.scale
@@ -37,7 +22,7 @@ class LoRAPrune(Adapter):
 
 
 @dataclass
-class LoRAPruneConfig(SparseConfig):
+class LoRAPruneConfig(LowRankConfig):
     """LoRA-Prune in peft: y = x·(W + s·BA)ᵀ while it trains, W + s·M⊙(BA) once merged, with s = alpha / r.
 
     As fast as LoRA, and not the same model before and after merging: what the update put where W is zero is dropped. Merging
@@ -57,11 +42,5 @@ class LoRAPruneConfig(SparseConfig):
     32
     """
 
-    r: int = 16
-    alpha: float = 32
     method: ClassVar[Method] = Method.LORAPRUNE
     adapter: ClassVar[type[Adapter]] = LoRAPrune
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_rank(self.r)

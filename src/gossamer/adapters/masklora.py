@@ -1,40 +1,28 @@
 """MaskLoRA: a low-rank update of the kept entries only."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gossamer.adapters._config import Method, SparseConfig, check_rank
-from gossamer.adapters._linear import Adapter, lora_a, masked, plus_product
+from gossamer.adapters._config import LowRankConfig, Method
+from gossamer.adapters._linear import Adapter, LowRank, masked
 
 
-class MaskLoRA(Adapter):
+class MaskLoRA(LowRank):
     """W' = W + s·M⊙(BA), with M = (W ≠ 0) and s = alpha / r; B = 0 at the start."""
-
-    def __init__(self, config: Any, w: Tensor) -> None:
-        super().__init__(config, w)
-        out, in_ = w.shape
-        self.scale = config.alpha / config.r
-        self.B = nn.Parameter(torch.zeros(out, config.r))
-        self.A = nn.Parameter(lora_a(config.r, in_))
-
-    def constants(self, w: Tensor) -> tuple[float]:
-        return (self.scale,)
 
     @staticmethod
     def weight(w: Tensor, b: Tensor, a: Tensor, s: float) -> Tensor:
-        return masked(plus_product(w, b, a, s), w)
+        return masked(LowRank.weight(w, b, a, s), w)
 
     @staticmethod
     def gradients(g: Tensor, w: Tensor, b: Tensor, a: Tensor, s: float) -> tuple[Tensor, Tensor]:
-        g = masked(g, w)
-        return (g @ a.t()).mul_(s), (b.t() @ g).mul_(s)
+        return LowRank.gradients(masked(g, w), w, b, a, s)
 
 
 @dataclass
-class MaskLoRAConfig(SparseConfig):
+class MaskLoRAConfig(LowRankConfig):
     """MaskLoRA in peft: W' = W + (alpha / r)·M⊙(BA), where M marks the entries of W that are not zero.
 
     Args:
@@ -52,11 +40,5 @@ class MaskLoRAConfig(SparseConfig):
     32
     """
 
-    r: int = 16
-    alpha: float = 32
     method: ClassVar[Method] = Method.MASKLORA
     adapter: ClassVar[type[Adapter]] = MaskLoRA
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_rank(self.r)

@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def interrupted() -> None:
-    err.print("gossamer: interrupted; the same prune, compare or demo goes on after what it had finished")
+    err.print("gossamer: interrupted; the same prune, recover, run, compare or demo goes on after what it had finished")
     sys.exit(130)
 
 

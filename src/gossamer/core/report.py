@@ -92,7 +92,7 @@ class Report:
 
     def __str__(self) -> str:
         total = self.totals
-        what = " ".join(str(self.recipe[key]) for key in ("method", "pattern") if key in self.recipe) or self.kind
+        what = " ".join(filter(None, (self.recipe.get("method"), self.recipe.get("pattern")))) or self.kind
         return (
             f"{what}: {total['weights']} weights, {total['nnz']:,} of {total['entries']:,} entries kept, "
             f"sparsity {total['sparsity']:.4f}, {self.seconds.get('total', 0):.1f} s"

@@ -21,7 +21,7 @@ from gossamer.models import causal_lm, check_directory, resolve, skeleton, token
 from gossamer.recovering._blocks import by_blocks
 from gossamer.recovering._loop import Broken, Job, Plan, by_steps
 from gossamer.recovering._result import cast, check_zeros, command_of, masks_of, stopped
-from gossamer.recovering._state import State
+from gossamer.recovering._state import DIGESTS, State
 from gossamer.sites._rows import describe, peak_bytes, restart_peak, row
 from gossamer.sites._walk import targets as find_targets
 from gossamer.sites.checkpoint import check_out, digest, identity, save
@@ -51,6 +51,7 @@ def recover(
     seed: int = 0,
     evaluate: str | Path | None = None,
     evaluated: int | None = None,
+    eval_seqlen: int = 512,
     targets: str | None = None,
     device: str | torch.device | None = None,
     every: float = EVERY,
@@ -75,7 +76,8 @@ def recover(
         loss: "distill", with weights such as "distill(task=0.0, hidden=1.0)", or "task", which needs no teacher.
         rate: the learning rate at its highest; by default the method's.
         max_norm: the norm that gradients are cut to.
-        evaluate, evaluated: text on which to measure perplexity before and after, and how much of it.
+        evaluate, evaluated, eval_seqlen: text on which to measure perplexity before and after, how many windows of it, and how
+            many tokens in each.
         every: seconds between two states on disk.
         others: as in `gossamer.prune`.
 
@@ -99,11 +101,12 @@ def recover(
     structure, tokens = skeleton(source), tokenizer(source)
     chosen = find_targets(structure, targets)
     text = windows(texts(data, split="calibration"), tokens, seqlen)
-    held_out = None if evaluate is None else evaluation_windows(evaluate, tokens, seqlen=seqlen, first=evaluated)
+    held_out = None if evaluate is None else evaluation_windows(evaluate, tokens, seqlen=eval_seqlen, first=evaluated)
     for ids in (text, held_out):
         if ids is not None:
             check_ids(structure, ids)
-    dense_path = _teacher(teacher, before, source) if wanted is not task or teacher is not None else None
+    taught = wanted is not task or teacher is not None
+    dense_path = _teacher(teacher or before["teacher"], given=teacher is not None, source=source) if taught else None
     recipe = {
         "method": show(tuner),
         "chooses": chooses,
@@ -111,7 +114,7 @@ def recover(
         "sparsity": fraction if shape else before["sparsity"],
         "source": str(source),
         "pruned_by": before["method"],
-        "teacher": None if dense_path is None else str(teacher or before["model"]),
+        "teacher": str(teacher or before["teacher"]) if taught else None,
         "loss": None if blocks else show(wanted),
         "data": str(data),
         "seqlen": seqlen,
@@ -119,7 +122,7 @@ def recover(
         **({"rate": None, "micro": None} if blocks else {}),
         "targets": targets,
     }
-    same = {"text": digest([{"ids": text}]), "weights": identity(source)}
+    same = dict(zip(DIGESTS, (digest([{"ids": text}]), identity(source)), strict=True))
     with State(target, recipe | same, force=force) as state:
         check_out(out, source, force)  # again: another run may have finished in the meantime
         restart_peak()
@@ -129,7 +132,7 @@ def recover(
         if held_out is not None and dense is not None:
             found["dense"] = perplexity(dense, held_out)["perplexity"]
         chosen = find_targets(model, targets)
-        masks = {} if chooses else masks_of(chosen)
+        masks = {} if chooses else masks_of(chosen, show(tuner))
         watched = [getattr(t.module, t.attribute) for t in chosen if t.name in masks]
         loaded = time.perf_counter()
         job = Job(tuner, How(steps, shape, fraction, targets, dense), plan, wanted, model, text, watched, every, progress)
@@ -184,17 +187,19 @@ def read(
 
 def _report_of(source: Path) -> dict[str, Any]:
     """Return what the report of a directory says of how it was pruned; Nones where there is none."""
-    nothing = dict.fromkeys(("method", "pattern", "sparsity", "model", "teacher"))
+    names = ("method", "pattern", "sparsity", "model", "teacher")
     if not (source / "report.json").is_file():
-        return nothing
+        return dict.fromkeys(names)
     report = Report.load(source / "report.json")
-    recipe = {key: report.recipe.get(key) for key in ("method", "pattern", "sparsity", "teacher")}
-    return {**nothing, **recipe, "model": report.model.get("name")}
+    recipe, model = report.recipe, report.model.get("name")
+    method = " → ".join(filter(None, [recipe.get("pruned_by"), recipe.get("method")])) or None  # trained before
+    return dict(
+        zip(names, (method, recipe.get("pattern"), recipe.get("sparsity"), model, recipe.get("teacher") or model), strict=True)
+    )
 
 
-def _teacher(asked: str | Path | None, before: dict[str, Any], source: Path) -> Path:
+def _teacher(name: str | Path | None, *, given: bool, source: Path) -> Path:
     """Return the directory of the dense model: the one asked for, or the one that ``source`` was pruned from."""
-    name = asked or before["teacher"] or before["model"]
     if name is None:
         raise GossamerError(
             f"distilling needs the dense model, and {source} has no report that names it: give the teacher, or the loss task"
@@ -203,6 +208,6 @@ def _teacher(asked: str | Path | None, before: dict[str, Any], source: Path) -> 
         path = resolve(str(name))
         check_directory(path)
     except GossamerError as error:
-        hint = "" if asked else f" ({source} says it was pruned from it: give the teacher, or the loss task)"
+        hint = "" if given else f" ({source} says it was pruned from it: give the teacher, or the loss task)"
         raise GossamerError(f"{error}{hint}") from None
     return path

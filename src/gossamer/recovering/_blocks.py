@@ -30,7 +30,6 @@ def by_blocks(job: Job, state: State) -> Outcome:
         if time.perf_counter() - state.kept >= job.every:
             state.save(index + 1, _weights(job), begun + time.perf_counter() - started)
 
-    trained = sum(p.numel() for p in model.parameters() if p.is_floating_point()) if method.rank is None else 0
     method(
         model,
         teacher,
@@ -41,6 +40,7 @@ def by_blocks(job: Job, state: State) -> Outcome:
         start_at=state.step,
         after_block=after,
     )
+    trained = sum(row["trained"] for row in state.told)
     return Outcome(model, begun + time.perf_counter() - started, trained, blocks=state.told)
 
 

@@ -90,11 +90,18 @@ class Broken(GossamerError):
 
 
 def by_steps(job: Job, state: State) -> Outcome:
-    """Train by optimizer steps, from where ``state`` stands.
+    """Train by optimizer steps, from where ``state`` stands; torch's random numbers are those of the seed meanwhile.
 
     Raises:
         Broken: the loss or the gradients became NaN or infinite; that step was not taken.
     """
+    where = next(job.model.parameters()).device
+    with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
+        torch.manual_seed(job.plan.seed)
+        return _train(job, state)
+
+
+def _train(job: Job, state: State) -> Outcome:
     plan, tuner = job.plan, job.method
     assert isinstance(tuner, Tuner)
     tuning = tuner.start(job.model, job.how)
@@ -102,7 +109,6 @@ def by_steps(job: Job, state: State) -> Outcome:
     where = parameters[0].device
     optimizer = torch.optim.AdamW(parameters, lr=plan.rate, weight_decay=0.0, fused=True)
     tuning.attach(optimizer)
-    torch.manual_seed(plan.seed)
     if state.step:
         _restore(state.tensors(), tuning, optimizer)
     model, zeros = tuning.model.train(), _Zeros(job.watched)

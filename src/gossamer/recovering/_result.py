@@ -1,5 +1,6 @@
 """What comes out of training: the checks of its zeros, the dtype it goes back to, and what is kept of a run that broke."""
 
+import itertools
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,11 +14,22 @@ from gossamer.recovering._loop import Broken, Plan
 from gossamer.sites._job import pattern_of
 from gossamer.sites._walk import Target
 from gossamer.sites.checkpoint import save
+from gossamer.sites.packing import LEAST
 
 
-def masks_of(chosen: Sequence[Target]) -> dict[str, Tensor]:
-    """Return the masks of the weights that are pruned: those with zeros, and not only zeros."""
+def masks_of(chosen: Sequence[Target], method: str) -> dict[str, Tensor]:
+    """Return the masks of the weights that are pruned: those with zeros, and not only zeros.
+
+    Raises:
+        GossamerError: the model is as good as dense: some zeros are in any weight that was rounded.
+    """
     kept = {target.name: target.parameter != 0 for target in chosen}
+    zeros = 1 - sum(int(mask.sum()) for mask in kept.values()) / sum(mask.numel() for mask in kept.values())
+    if zeros < LEAST:
+        raise GossamerError(
+            f"only {zeros:.2%} of the weights are zero, and {method} is to keep zeros: prune the model first (gossamer prune), "
+            "or fine-tune it as any dense one (peft's LoRA)"
+        )
     return {name: mask for name, mask in kept.items() if 0 < int(mask.sum()) < mask.numel()}
 
 
@@ -40,9 +52,10 @@ def stopped(error: Broken, out: Path, tokenizer: Any, dtype: torch.dtype, plan: 
     told = f"{error} (learning rate {plan.rate:g})"
     if not error.step:
         return GossamerError(f"{told}, before anything was learnt; nothing is written")
-    at = out.with_name(f"{out.name}-step-{error.step}")
+    names = (f"{out.name}-step-{error.step}" + (f"-{again}" if again else "") for again in itertools.count())
+    at = next(path for path in map(out.with_name, names) if not path.exists())
     model = error.tuning.finish().to(dtype).eval()
-    save(model, at, tokenizer=tokenizer, force=True)
+    save(model, at, tokenizer=tokenizer)
     return GossamerError(f"{told}; the model after step {error.step} is in {at}: go on from there with a lower rate")
 
 

@@ -15,6 +15,8 @@ from gossamer.core.atomic import cannot_write, lock, replacing, write_text
 from gossamer.core.errors import GossamerError
 from gossamer.core.report import read_json
 
+DIGESTS = ("the text", "the model")  # what a recipe has of these is a number that says nothing
+
 
 class State:
     """The folder ``.OUT.training`` beside a result: what the run is, how far it came, and its tensors.
@@ -61,7 +63,10 @@ class State:
         theirs = found["recipe"]
         differing = [key for key in {**theirs, **self.recipe} if theirs.get(key) != self.recipe.get(key)]
         if differing:
-            told = ", ".join(f"{key} was {theirs.get(key)} and is {self.recipe.get(key)}" for key in differing[:3])
+            told = ", ".join(
+                f"{key} changed" if key in DIGESTS else f"{key} was {theirs.get(key)} and is {self.recipe.get(key)}"
+                for key in differing[:3]
+            )
             raise GossamerError(
                 f"a run for {self.out} stopped at step {found['step']} with another recipe: {told}; "
                 "give the same, or --force to start over"

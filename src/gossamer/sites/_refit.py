@@ -82,8 +82,8 @@ def refit(
         tell: is given the error after each step.
 
     Returns:
-        ``before`` and ``after`` (errors on ``held``; equal where the weights stay as they were), ``steps``, and ``raised``, the
-        count of kept weights that would have rounded to zero.
+        ``before`` and ``after`` (errors on ``held``; equal where the weights stay as they were), ``steps``, and two counts:
+        ``trained`` parameters, and ``raised`` kept weights, which would have rounded to zero.
 
     Raises:
         GossamerError: an error is not finite; the module is as it was.
@@ -131,7 +131,8 @@ def refit(
             for name, (w, _) in found.items():
                 own[name].copy_(w)
     raised = sum(count for _, count in found.values()) if better else 0
-    return {"before": before, "after": after if better else before, "steps": steps, "raised": raised}
+    count = sum(leaf.numel() for leaf in trained.leaves.values())
+    return {"before": before, "after": after if better else before, "steps": steps, "trained": count, "raised": raised}
 
 
 def hidden(output: Any) -> Tensor:

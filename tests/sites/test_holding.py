@@ -99,9 +99,15 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3, fi
 
 
 def entries_of_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> list[Tensor]:
-    """Return what the optimizer keeps for each single entry of the parameter."""
-    kept = optimizer.state[parameter].values()
-    return [value for value in kept if isinstance(value, Tensor) and value.shape == parameter.shape]
+    """Return what the optimizer keeps for each single entry of the parameter; 8-bit codes as what they stand for."""
+    state, found = optimizer.state[parameter], []
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            if value.dtype == torch.uint8:
+                value = state[f"qmap{name[-1]}"][value.long()]
+                value = torch.where(value.abs() < 1e-4, 0, value)  # of the largest of 256: no code is nearer to 0 than 2e-5
+            found.append(value)
+    return found
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

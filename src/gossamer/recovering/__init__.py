@@ -106,6 +106,8 @@ def recover(
         if ids is not None:
             check_ids(structure, ids)
     taught = wanted is not task or teacher is not None
+    if taught and not (teacher or before["teacher"] or chooses):
+        masks_of(find_targets(causal_lm(source), targets), show(tuner))  # a dense model needs no teacher, but is told so first
     dense_path = _teacher(teacher or before["teacher"], given=teacher is not None, source=source) if taught else None
     recipe = {
         "method": show(tuner),

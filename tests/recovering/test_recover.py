@@ -232,7 +232,7 @@ def test_a_dense_model_a_packed_one_and_one_of_unknown_origin_are_refused(
 ) -> None:
     with pytest.raises(GossamerError, match=r"only 0.00% of the weights are zero, and Full is to keep zeros: prune .* LoRA"):
         gossamer.recover(tiny_dir, tmp_path / "out", data=text, loss="task", **SMALL)
-    with pytest.raises(GossamerError, match="only 0.00% of the weights are zero"):  # before it is asked for a teacher
+    with pytest.raises(GossamerError, match=r"only 0.00% of the weights are zero"):  # before it is asked for a teacher
         gossamer.recover(tiny_dir, tmp_path / "out", data=text, **SMALL)
     gossamer.save(gossamer.load(pruned), tmp_path / "packed", packed=True)
     with pytest.raises(GossamerError, match="gossamer unpack"):

@@ -7,8 +7,10 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
+import gossamer
 from gossamer.core.errors import GossamerError
 from gossamer.evaluate import perplexity, tasks
+from gossamer.models import tokenizer
 
 
 @pytest.fixture
@@ -193,3 +195,5 @@ def test_lm_eval_itself(tiny_dir, tmp_path):
     (tmp_path / "tasks" / "threads.yaml").write_text(json.dumps(own))
     found = tasks(tiny_dir, "threads", tmp_path / "tasks", limit=4)
     assert found["threads"]["acc"] == 0.5
+    model, tokens = gossamer.load(tiny_dir), tokenizer(tiny_dir)
+    assert tasks(model, "threads", tmp_path / "tasks", tokenizer=tokens, limit=4, device="cpu") == found

@@ -72,17 +72,19 @@ def perplexity(
 
 
 def tasks(
-    model_dir: Path,
+    model: Path | torch.nn.Module,
     tasks: str,
     tasks_dir: Path | None = None,
     *,
+    tokenizer: Any = None,
     limit: int | None = None,
     batch: int = 1,
     device: torch.device | str | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Hand a model directory over to lm-eval: {task: {metric: value}}.
+    """Hand a model over to lm-eval: {task: {metric: value}}.
 
     Args:
+        model: a directory, or a model in memory, with its tokenizer.
         tasks: lm-eval's task names, separated by commas.
         tasks_dir: a folder with task files of one's own.
         limit: how many examples of each task; all by default.
@@ -90,8 +92,32 @@ def tasks(
     Raises:
         GossamerError: lm-eval is not installed, or knows no such task.
     """
+    names, known = known_tasks(tasks, tasks_dir)
+    from lm_eval import simple_evaluate
+
+    inside = isinstance(model, torch.nn.Module)
+    if isinstance(model, Path) and is_packed(model):
+        import gossamer.hf  # noqa: F401 (importing it is what tells transformers how to load it)
+    found = simple_evaluate(
+        model="hf",
+        model_args={"pretrained": model, "tokenizer": tokenizer} if inside else {"pretrained": str(model)},
+        tasks=names,
+        task_manager=known,
+        limit=limit,
+        batch_size=batch,
+        device=str(device or ("cuda" if torch.cuda.is_available() else "cpu")),  # its own default is cuda, there or not
+        log_samples=False,
+    )
+    return {task: _metrics(values) for task, values in found["results"].items()}
+
+
+def known_tasks(tasks: str, tasks_dir: Path | None = None) -> tuple[list[str], Any]:
+    """Return the names of tasks and lm-eval's manager that knows them.
+
+    Raises:
+        GossamerError: lm-eval is not installed, or knows no such task.
+    """
     try:
-        from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise GossamerError("tasks need the package lm-eval: pip install lm-eval") from error
@@ -106,19 +132,7 @@ def tasks(
         raise GossamerError(
             f"lm-eval knows no task {told}: `lm-eval ls tasks` lists them; give the folder of task files of your own"
         )
-    if is_packed(model_dir):
-        import gossamer.hf  # noqa: F401 (importing it is what tells transformers how to load it)
-    found = simple_evaluate(
-        model="hf",
-        model_args={"pretrained": str(model_dir)},
-        tasks=names,
-        task_manager=known,
-        limit=limit,
-        batch_size=batch,
-        device=str(device or ("cuda" if torch.cuda.is_available() else "cpu")),  # its own default is cuda, there or not
-        log_samples=False,
-    )
-    return {task: _metrics(values) for task, values in found["results"].items()}
+    return names, known
 
 
 def check_ids(model: torch.nn.Module, ids: Tensor) -> None:

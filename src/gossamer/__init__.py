@@ -11,7 +11,7 @@ from gossamer.core.tuner import Tuner, Tuning
 from gossamer.forecast import plan
 from gossamer.models import load
 from gossamer.recovering import recover
-from gossamer.scores import RIA, Gradient, Magnitude, Random, Wanda
+from gossamer.scores import RIA, Gradient, GraSP, Magnitude, Random, Sampled, SynFlow, Wanda
 from gossamer.sites.checkpoint import prune_checkpoint, save, unpack_checkpoint
 from gossamer.sites.distilling import distill
 from gossamer.sites.holding import hold
@@ -34,6 +34,7 @@ __all__ = [
     "Cubic",
     "Full",
     "GossamerError",
+    "GraSP",
     "Gradient",
     "Linear",
     "Magnitude",
@@ -41,10 +42,12 @@ __all__ = [
     "Pattern",
     "Random",
     "Report",
+    "Sampled",
     "Score",
     "Solver",
     "SparseGPT",
     "Stats",
+    "SynFlow",
     "Threshold",
     "TopK",
     "Tuner",

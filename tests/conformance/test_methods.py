@@ -121,6 +121,8 @@ def layer(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> tuple[
     stats = Stats(columns, gram=True)
     stats.add(torch.randn(3 * columns, columns, generator=generator))
     stats.grad = torch.randn(rows, columns, generator=generator)
+    stats.hessian_grad = torch.randn(rows, columns, generator=generator)
+    stats.synflow = torch.rand(rows, columns, generator=generator)
     return torch.randn(rows, columns, generator=generator).to(dtype), stats
 
 

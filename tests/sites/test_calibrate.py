@@ -10,9 +10,10 @@ from torch import nn
 import gossamer
 from gossamer.core.errors import GossamerError
 from gossamer.core.stats import Stats
-from gossamer.sites._calibrate import Calibration, gradients
+from gossamer.sites._calibrate import Calibration
 from gossamer.sites._lockstep import lockstep
 from gossamer.sites._walk import targets
+from gossamer.sites._whole import gradients
 from tests.sites.families import CAUSAL, causal, ids
 
 

@@ -63,17 +63,17 @@ class Calibration:
 
         with ExitStack() as stack:
             for done in self.blocks[:index]:
-                stack.enter_context(_forward(done, lambda *_, **__: self.outputs[self._lane]))
+                stack.enter_context(forwarding(done, lambda *_, **__: self.outputs[self._lane]))
             stack.enter_context(_eager_experts(self.model))
             here = self.blocks[index]
             home = next((p.device for p in here.parameters()), torch.device("cpu"))
             if self.device is not None:
                 here.to(self.device)
                 stack.callback(here.to, home)
-                stack.enter_context(_hook(here.register_forward_pre_hook(self._bring, with_kwargs=True)))
-            stack.enter_context(_hook(here.register_forward_hook(lambda _m, _a, out: self._finish(out, home))))
+                stack.enter_context(hooked(here.register_forward_pre_hook(self._bring, with_kwargs=True)))
+            stack.enter_context(hooked(here.register_forward_hook(lambda _m, _a, out: self._finish(out, home))))
             for module in by_module:
-                stack.enter_context(_hook(module.register_forward_pre_hook(lambda m, args: self._arrive(gatherer, m, args))))
+                stack.enter_context(hooked(module.register_forward_pre_hook(lambda m, args: self._arrive(gatherer, m, args))))
             self._lanes: dict[int, Lane] = {}
             lockstep([self._body(i) for i in range(len(self.batches))], lambda m: order[m], deal_with)  # type: ignore[index]
             for module in by_module:
@@ -174,42 +174,8 @@ class _Observed(TorchFunctionMode):
 _PRODUCTS = {nn.functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
 
 
-def gradients(model: nn.Module, batches: Sequence[Batch], targets: Sequence[Target]) -> dict[str, Tensor]:
-    """Return ∂L/∂w of each target in float32, L the mean next-token loss over all batches.
-
-    A gradient in the model's dtype lives only until its batch's is added to the float32 sum.
-    """
-    sums: dict[str, Tensor] = {}
-    parameters = {target.name: getattr(target.module, target.attribute) for target in targets}
-    requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-    windows = sum(batch["input_ids"].shape[0] for batch in batches)
-
-    def collect(name: str, parameter: Tensor) -> None:
-        share = parameter.grad.float()  # type: ignore[union-attr]
-        sums[name] = sums[name].add_(share) if name in sums else share.clone()
-        parameter.grad = None
-
-    with ExitStack() as stack:
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(True)
-            hook = lambda p, name=name: collect(name, p)  # noqa: E731
-            stack.enter_context(_hook(parameter.register_post_accumulate_grad_hook(hook)))
-        try:
-            for batch in batches:
-                for window in torch.split(batch["input_ids"], 1):
-                    with torch.enable_grad():
-                        loss = model(input_ids=window, labels=window, use_cache=False).loss
-                        (loss / windows).backward()
-        finally:
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(requires_grad[name])
-    return sums
-
-
 @contextmanager
-def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def forwarding(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Let one module instance answer with another forward for a while."""
     before = module.__dict__.get("forward")
     module.forward = forward
@@ -237,7 +203,7 @@ def _eager_experts(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _hook(handle: RemovableHandle) -> Iterator[None]:
+def hooked(handle: RemovableHandle) -> Iterator[None]:
     try:
         yield
     finally:

@@ -33,9 +33,7 @@ def calibration_batches(
     """
     if not job.needs_data:
         return []
-    if data is None:
-        wants = show_method(job.solver) if job.gather else f"allocate={show(job.allocation)}"
-        raise GossamerError(f"{wants} needs calibration data: give data= a text file, token ids, or 'builtin'")
+    job.check_data(data)
     if isinstance(data, str | Path):
         from gossamer.data import calibration
 
@@ -45,11 +43,13 @@ def calibration_batches(
         if data.ndim != 2 or data.numel() == 0 or data.is_floating_point():
             raise GossamerError(f"token ids are integers of shape (samples, seqlen); got {data.dtype} {tuple(data.shape)}")
         return [{"input_ids": ids.to(device)} for ids in data.tensor_split(min(lanes, len(data)))]
+    assert data is not None  # checked above
     batches = list(data)
     if not batches or not all(isinstance(batch, Mapping) for batch in batches):
         raise GossamerError("data= wants text, token ids of shape (samples, seqlen), or mappings of the model's arguments")
-    if "grad" in job.gather and not all("input_ids" in batch for batch in batches):
-        raise GossamerError("Gradient takes the next-token loss, so each mapping needs input_ids")
+    if job.wants & {"grad", "hessian_grad", "losses"} and not all("input_ids" in batch for batch in batches):
+        wants = show_method(job.solver) if job.gather & {"grad", "hessian_grad"} else f"allocate={show(job.allocation)}"
+        raise GossamerError(f"{wants} takes the next-token loss, so each mapping needs input_ids")
     return batches
 
 

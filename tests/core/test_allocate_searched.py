@@ -42,11 +42,13 @@ def test_searched_minimises_the_sum_of_errors_at_the_total(table: list[tuple[int
     assert sum(s * sizes[n] for n, s in found.items()) == pytest.approx(sparsity * sum(sizes.values()), abs=1e-6)
     ways = [dict(zip(sizes, way, strict=True)) for way in itertools.product(range(4), repeat=len(sizes))]
     due = sparsity * sum(sizes.values()) - 1e-6
-    reach = [way for way in ways if sum(k / 4 * sizes[n] for n, k in way.items()) >= due]
-    best = min(sum(rising[n][k] for n, k in way.items()) for way in reach)
-    up = {n: math.ceil(s * 4 - 1e-6) for n, s in found.items()}  # what is given back keeps each within its step of the grid
-    if len(set(found.values()) & {0.0}) == 0 and all(abs(s * 4 - round(s * 4)) < 1e-6 for s in found.values()):
-        assert sum(rising[n][k] for n, k in up.items()) == best
+    best = min(
+        sum(rising[n][k] for n, k in way.items()) for way in ways if sum(k / 4 * sizes[n] for n, k in way.items()) >= due
+    )
+    price = sum(
+        rising[n][int(s * 4 + 1e-6)] for n, s in found.items()
+    )  # at the points below: what is given back lowers none above
+    assert price <= best
 
 
 def test_beyond_the_grid_all_are_pruned_alike_and_nothing_is_measured() -> None:

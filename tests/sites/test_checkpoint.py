@@ -28,6 +28,11 @@ CASES = [
     ("Wanda", "Unstructured", 0.6, "owl"),
     ("Magnitude", "Unstructured", 0.6, "global_"),
     ("Gradient", "Unstructured", 0.5, "uniform"),
+    ("SynFlow(rounds=3)", "Unstructured", 0.6, "global_"),
+    ("GraSP", "Unstructured", 0.5, "uniform"),
+    ("SparseGPT", "4:8", None, "searched(steps=8)"),
+    ("Wanda", "Unstructured", 0.6, "ecoflap(samples=2)"),
+    ("Magnitude", "Unstructured", None, "sap"),
 ]
 
 

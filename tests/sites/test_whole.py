@@ -124,6 +124,12 @@ def test_synflow_in_rounds_leaves_every_layer_its_flow_where_one_round_cuts_it()
     assert all(float((t.parameter.abs() * left[t.name]).sum()) > 0 for t in targets(model))
 
 
+def test_a_sparsity_that_is_given_for_each_weight_has_one_round() -> None:
+    shares = {"*.self_attn.*": 0.25, "*.mlp.*": 0.75}
+    reports = [gossamer.prune(causal("llama"), SynFlow(rounds=n), ROW, sparsity=7 / 12, allocate=shares) for n in (1, 9)]
+    assert [row["nnz"] for row in reports[0].weights] == [row["nnz"] for row in reports[1].weights]
+
+
 def test_snip_is_gradient_ranked_over_all_weights() -> None:
     model = causal("llama")
     chosen = targets(model)

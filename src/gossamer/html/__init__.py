@@ -47,10 +47,7 @@ def page(documents: list[dict[str, Any]], title: str | None = None) -> str:
             "verdict": _verdict(study),
             "lowest": _lowest(study),
             "timed": _dense_rate(study),
-            "charts": [
-                *charts.draw(study.runs, study.perplexity, colours, f"chart-{place}"),
-                *([sensitivity(study.layers, study.perplexity, f"chart-{place}")] if study.layers else []),
-            ],
+            "charts": _charts(study, colours, f"chart-{place}"),
             "recipe": _split([(f"{run.name} · {run.setting}", run.recipe) for run in study.runs], said=_SETTING),
             "environment": _split(
                 [("Dense", dense["environment"]) for dense in study.dense]
@@ -255,6 +252,12 @@ def _dense_rate(study: Study) -> float | None:
     """The dense model's tokens a second, the median over the runs that measured it beside themselves; None where none did."""
     rates = [speed["batch"] / speed["dense"] for run in study.runs if (speed := run.report.speed)]
     return statistics.median(rates) if rates else None
+
+
+def _charts(study: Study, colours: dict[str, str], prefix: str) -> list[charts.Chart]:
+    """All drawings, that of a sweep's single weights after that of quality."""
+    drawn = charts.draw(study.runs, study.perplexity, colours, prefix)
+    return [drawn[0], *([sensitivity(study.layers, study.perplexity, prefix)] if study.layers else []), *drawn[1:]]
 
 
 def _lowest(study: Study) -> list[Run]:

@@ -101,6 +101,7 @@ def _quality(runs: Sequence["Run"], dense: float | None, colours: dict[str, str]
     log = high > 10 * low
     patterns = list(dict.fromkeys(run.pattern for run in drawn))
     swept = any(len({run.level for run in drawn if run.pattern == pattern}) > 1 for pattern in patterns)
+    curves = list(dict.fromkeys(_curve(pattern) for pattern in patterns))
     figure = go.Figure()
     key = []
     for name in dict.fromkeys(run.name for run in drawn):
@@ -109,10 +110,16 @@ def _quality(runs: Sequence["Run"], dense: float | None, colours: dict[str, str]
             figure.add_trace(_bars(mine, colours[name]))
             key.append((name, colours[name], "■"))
             continue
-        for pattern, style in zip(patterns, cycle(STYLES), strict=False):
-            if points := [run for run in mine if run.pattern == pattern]:
+        for curve, style in zip(curves, cycle(STYLES), strict=False):
+            if points := sorted((run for run in mine if _curve(run.pattern) == curve), key=lambda run: run.level):
                 figure.add_trace(_line(points, colours[name], style))
-                key.append((f"{name} · {pattern}" if len(patterns) > 1 else name, colours[name], style[2]))
+                key.append(
+                    (
+                        f"{name} · {curve if len(points) > 1 else points[0].pattern}" if len(curves) > 1 else name,
+                        colours[name],
+                        style[2],
+                    )
+                )
     if dense:
         line = {"dash": "dash", "color": NEUTRAL[1], "width": 2}
         figure.add_shape(type="line", xref="paper", x0=0, x1=1, y0=dense, y1=dense, line=line)
@@ -133,6 +140,11 @@ def _quality(runs: Sequence["Run"], dense: float | None, colours: dict[str, str]
     note += f" Not drawn, as the perplexity is not finite: {', '.join(missing)}." if missing else ""
     alt = alternative("Perplexity", [(f"{run.name} at {run.setting}", number(run.perplexity)) for run in drawn])
     return Chart("quality", title, note, (Panel("", alt, to_page(figure, prefix, 380)),), tuple(key))
+
+
+def _curve(pattern: str) -> str:
+    """What stands on one line of a sweep: all n:m of one m do."""
+    return re.sub(r"^\d+:(\d+)$", r"n:\1", pattern)
 
 
 def _trade(runs: Sequence["Run"], dense: float | None, colours: dict[str, str], prefix: str) -> Chart:

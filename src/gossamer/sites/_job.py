@@ -100,15 +100,9 @@ class Job:
 
     @property
     def rounds(self) -> int:
-        """In how many rounds the sparsity is reached."""
-        return (
-            self.solver.score.rounds if isinstance(self.solver, solvers.Mask) and self.sparsity and self.takes_sparsity else 1
-        )
-
-    @property
-    def takes_sparsity(self) -> bool:
-        """Whether the user chooses the sparsity, rather than the pattern."""
-        return self.pattern.takes_sparsity
+        """In how many rounds the sparsity is reached: one where it cannot rise, as the pattern or a mapping fixes it."""
+        rising = self.sparsity and self.pattern.takes_sparsity and not isinstance(self.allocation, allocations.mapping)
+        return self.solver.score.rounds if isinstance(self.solver, solvers.Mask) and rising else 1
 
     @property
     def needs_data(self) -> bool:

@@ -234,6 +234,7 @@ def test_help_and_version(run: Any) -> None:
         "prune",
         "eval",
         "compare",
+        "sweep",
         "report",
         "ls",
         "demo",

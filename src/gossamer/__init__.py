@@ -12,7 +12,7 @@ from gossamer.forecast import plan
 from gossamer.merging import merge
 from gossamer.models import load
 from gossamer.recovering import recover
-from gossamer.scores import RIA, Gradient, Magnitude, Random, Wanda
+from gossamer.scores import RIA, Gradient, GraSP, Magnitude, Random, Sampled, SynFlow, Wanda
 from gossamer.sites.checkpoint import prune_checkpoint, save, unpack_checkpoint
 from gossamer.sites.distilling import distill
 from gossamer.sites.holding import hold
@@ -44,6 +44,7 @@ __all__ = [
     "DSnoT",
     "Full",
     "GossamerError",
+    "GraSP",
     "Gradient",
     "Linear",
     "LoRAPrune",
@@ -56,11 +57,13 @@ __all__ = [
     "Random",
     "Reconstruct",
     "Report",
+    "Sampled",
     "ScaleLoRA",
     "Score",
     "Solver",
     "SparseGPT",
     "Stats",
+    "SynFlow",
     "Threshold",
     "TopK",
     "Tuner",

@@ -43,6 +43,7 @@ def compare(
     seed: int = 0,
     allocate: str = "uniform",
     targets: str | None = None,
+    alone: Sequence[tuple[Job, str]] = (),
     device: str | None = None,
     keep_models: bool = False,
     speed: bool = False,
@@ -63,6 +64,7 @@ def compare(
         data, evaluation: calibration text and evaluation text; the same name by default, of which data sets (and "builtin")
             give two disjoint splits.
         windows: evaluate on the first so many windows.
+        alone: jobs that are also run on some targets alone, by name or glob; the document's "layers" says what that does.
         speed: pack each pruned model too where that pays here, and time its decoding beside the dense model's.
         others: as in `gossamer.prune`.
 
@@ -73,7 +75,7 @@ def compare(
         GossamerError: anything asked for that cannot be, before anything is done.
     """
     check_directory(source)
-    jobs = _jobs(methods, patterns, sparsities, allocate)
+    jobs = jobs_of(methods, patterns, sparsities, allocate)
     evaluation = evaluation or data
     tokens = tokenizer(source)
     ids = evaluation_windows(evaluation, tokens, seqlen=seqlen, first=windows)
@@ -82,7 +84,9 @@ def compare(
     windows_of: list[Any] = [ids]
     for job in jobs:
         select_targets(structure, job, targets, weightless=True)
-    if any(job.needs_data for job in jobs):
+    for job, only in alone:
+        select_targets(structure, job, only, weightless=True)
+    if any(job.needs_data for job in [*jobs, *(job for job, _ in alone)]):
         known = calibration(data, tokens, seqlen=seqlen, samples=samples, sample=sample, seed=seed)  # type: ignore[arg-type]
         check_ids(structure, known)
         windows_of.append(known)
@@ -114,7 +118,7 @@ def compare(
         say("dense")
         return {"model": describe(model, name or str(source)), **score(model, "dense"), "peak_bytes": peak_bytes()}
 
-    def pruned(job: Job, label: str, saved: Path | None) -> dict[str, Any]:
+    def pruned(job: Job, label: str, saved: Path | None, targets: str | None, speed: bool) -> dict[str, Any]:
         say(label)
         model = causal_lm(source)
         report = prune(
@@ -159,13 +163,24 @@ def compare(
     for job in jobs:
         label = " ".join(filter(None, [show_method(job.solver), str(job.pattern), _at(job)]))
         saved = folder / "models" / _slug(label) if keep_models else None
-        run = partial(pruned, job, label, saved)
+        run = partial(pruned, job, label, saved, targets, speed)
         document["runs"].append(once(label, run, show(job.allocation) + (" timed" if speed else ""), saved))
         write_text(folder / "compare.json", json.dumps(document, indent=1) + "\n")
+    for job, only in alone:
+        label = " ".join(filter(None, [show_method(job.solver), str(job.pattern), _at(job), "in", only, "alone"]))
+        found = once(label, partial(pruned, job, label, None, only, False), show(job.allocation))
+        where = {"block": found["weights"][0]["block"], **{key: found["recipe"][key] for key in ("method", "pattern")}}
+        reached = {"sparsity": found["totals"]["sparsity"], "perplexity": found["evaluation"]["perplexity"]}
+        document.setdefault("layers", []).append({"targets": only, **where, **reached})
     return document
 
 
-def _jobs(methods: Sequence[str], patterns: Sequence[str], sparsities: Sequence[float], allocate: str) -> list[Job]:
+def jobs_of(methods: Sequence[str], patterns: Sequence[str], sparsities: Sequence[float], allocate: str) -> list[Job]:
+    """Read all combinations of methods, patterns and sparsities; a pattern that fixes its own sparsity is there once.
+
+    Raises:
+        GossamerError: there is none, or one that cannot be.
+    """
     if not methods or not patterns:
         raise GossamerError("compare wants at least one method and one pattern, several separated by ';'")
     jobs: list[Job] = []

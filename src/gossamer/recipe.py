@@ -160,7 +160,10 @@ class _Bench:
             self.here = self.folder / f"{place}-{step.verb}"
             if not self.here.is_dir():
                 raise GossamerError(f"{self.here} is gone, and the steps after it need it: --force starts over")
-            self.pattern = found["recipe"]["pattern"]
+            recipe = found["recipe"]
+            if step.verb == "prune" or recipe["pattern"] != self.runs[-1]["recipe"]["pattern"]:
+                mixed = pattern_of(recipe["pattern"]).grain is not None and recipe.get("allocate", "uniform") != "uniform"
+                self.pattern = None if mixed else recipe["pattern"]  # an n of its own for each weight: packed as a bitmask
             self.runs.append(found)
         elif step.verb == "evaluate":
             self.dense = found["dense"]

@@ -122,6 +122,8 @@ def layer(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> tuple[
     stats.add(torch.randn(3 * columns, columns, generator=generator))
     stats.grads = torch.randn(4, rows, columns, generator=generator)
     stats.grad = stats.grads.mean(0)
+    stats.hessian_grad = torch.randn(rows, columns, generator=generator)
+    stats.synflow = torch.rand(rows, columns, generator=generator)
     return torch.randn(rows, columns, generator=generator).to(dtype), stats
 
 

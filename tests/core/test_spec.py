@@ -76,6 +76,15 @@ VALUES = [
     allocate.owl,
     Bound(allocate.owl, (("outlier", 7.0), ("spread", 0.1))),
     Bound(allocate.global_, (("floor", 0.1),)),
+    Bound(allocate.global_, (("least", 7),)),
+    allocate.by(scores.RIA(power=0.1), allocate.owl),
+    allocate.by(scores.Wanda(), Bound(allocate.global_, (("floor", 0.1),))),
+    allocate.ecoflap,
+    allocate.sap,
+    allocate.searched,
+    scores.GraSP(),
+    scores.SynFlow(rounds=3),
+    scores.Sampled(scores.RIA(), seed=2),
     allocate.mapping({"*.q_proj": 0.5, "layers.0": 0.0}),
     Mine(),
     Mine(a=-2.5, word="a:b"),
@@ -160,7 +169,7 @@ def test_an_unknown_name_gives_the_nearest(text: str, nearest: str) -> None:
 
 
 def test_a_name_like_no_other_gives_them_all() -> None:
-    with pytest.raises(GossamerError, match="known: Gradient, Magnitude, RIA, Random, Wanda"):
+    with pytest.raises(GossamerError, match="known: GraSP, Gradient, Magnitude, RIA, Random, Sampled, SynFlow, Wanda"):
         parse("qqqqqq", {name: NAMES[name] for name in scores.__all__})
 
 

@@ -31,6 +31,11 @@ CASES = [
     ("ALPS", "2:4", None, "uniform"),
     ("DSnoT", "Unstructured", 0.5, "uniform"),
     ("OBERT", "1x4", 0.5, "uniform"),
+    ("SynFlow(rounds=3)", "Unstructured", 0.6, "global_"),
+    ("GraSP", "Unstructured", 0.5, "uniform"),
+    ("SparseGPT", "4:8", None, "searched(steps=8)"),
+    ("Wanda", "Unstructured", 0.6, "ecoflap(samples=2)"),
+    ("Magnitude", "Unstructured", None, "sap"),
 ]
 
 

@@ -28,7 +28,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"sparsity": math.nan}, r"\[0, 1\)"),
     ({"sparsity": None}, "needs a sparsity"),
     ({"pattern": "1:4", "sparsity": 0.5}, r"fixes its own sparsity at 0.75, which contradicts 0.5"),
-    ({"pattern": "1:4", "sparsity": None, "allocate": "erk"}, "leaves no sparsity to allocate"),
+    ({"pattern": "TopK(k=2)", "sparsity": None, "allocate": "erk"}, "leaves no sparsity to allocate"),
     (
         {"pattern": "2:5", "sparsity": None},
         r"q_proj.weight: the pattern 2:5 needs an input dimension that 5 divides; shape \(32, 32\)",
@@ -110,7 +110,23 @@ def test_the_head_is_pruned_only_when_asked_for_by_name() -> None:
     assert int((model.lm_head.weight == 0).sum()) == 128 * 32 // 4
 
 
-@pytest.mark.parametrize("allocate", ["erk", "global_", "owl", erk, owl, "owl(outlier=3.0, spread=0.2)", "global_(floor=0.1)"])
+@pytest.mark.parametrize(
+    "allocate",
+    [
+        "erk",
+        "global_",
+        "owl",
+        erk,
+        owl,
+        "owl(outlier=3.0, spread=0.2)",
+        "global_(floor=0.1)",
+        "by(RIA, owl)",
+        "by(Magnitude, global_(least=9))",
+        "sap",
+        "ecoflap(samples=1)",
+        "searched(steps=8)",
+    ],
+)
 def test_allocations_differ_by_weight_and_reach_the_total(allocate: Any) -> None:
     report = gossamer.prune(causal("llama"), "Wanda", "Unstructured(per='tensor')", sparsity=0.6, allocate=allocate, data=ids())
     entries = report.totals["entries"]

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from gossamer.cli import pruning, speed, training  # noqa: F401 (importing them is what adds their commands)
+from gossamer.cli import pruning, speed, sweeping, training  # noqa: F401 (importing them is what adds their commands)
 from gossamer.cli._shared import app, err, out
 from gossamer.core.errors import GossamerError
 
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def interrupted() -> None:
-    err.print("gossamer: interrupted; the same prune, recover, run, compare or demo goes on after what it had finished")
+    err.print("gossamer: interrupted; the same prune, recover, run, compare, sweep or demo goes on after what it had finished")
     sys.exit(130)
 
 

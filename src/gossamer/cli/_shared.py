@@ -1,6 +1,7 @@
 """What the commands share: their options, what is said and shown, and how text becomes values."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,7 +34,9 @@ Device = Annotated[str | None, typer.Option(help="where to compute, such as cuda
 Targets = Annotated[
     str | None, typer.Option(metavar="NAMES", help="which weights, by comma-separated names or globs: '*.mlp.*'")
 ]
-Allocate = Annotated[str, typer.Option(metavar="SPEC", help="uniform, erk, global_ or owl")]
+Allocate = Annotated[
+    str, typer.Option(metavar="SPEC", help="uniform, erk, global_, owl, searched ...: `gossamer ls allocations`")
+]
 
 
 def speaker(quiet: bool) -> Any:
@@ -55,10 +58,20 @@ def split(text: str, at: str) -> list[str]:
 
 
 def fractions(text: str) -> list[float]:
+    """Read fractions separated by commas; first:last:step is a grid that holds both ends."""
     try:
-        return [float(part) for part in split(text, ",")]
+        found: list[float] = []
+        for part in split(text, ","):
+            first, *rest = (float(number) for number in part.split(":"))
+            last, step = rest or (first, 1.0)
+            if not step > 0 or last < first:
+                raise ValueError
+            found += [round(first + i * step, 9) for i in range(math.floor((last - first) / step + 1e-9) + 1)]
+        return list(dict.fromkeys(found))
     except ValueError:
-        raise GossamerError(f"--sparsity wants fractions separated by commas, such as 0.5,0.7; got {text!r}") from None
+        raise GossamerError(
+            f"--sparsity wants fractions separated by commas, such as 0.5,0.7, or first:last:step; got {text!r}"
+        ) from None
 
 
 def device_of(name: str | None) -> str | None:

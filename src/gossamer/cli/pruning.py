@@ -62,7 +62,7 @@ def prune(
     from gossamer.sites._job import Job
     from gossamer.sites.checkpoint import prune_checkpoint
 
-    Job.of(method, pattern, sparsity, allocate)  # a slip in these shows before a model is fetched
+    Job.of(method, pattern, sparsity, allocate).check_data(data)  # a slip in these shows before a model is fetched
     report = prune_checkpoint(
         resolve(model, say=speaker(quiet)),
         to,
@@ -151,14 +151,15 @@ def compare(
 ) -> None:
     """Prune one model by several methods, patterns and sparsities: one table, one page. Goes on where it stopped."""
     from gossamer.compare import compare as run
+    from gossamer.compare import jobs_of
     from gossamer.models import resolve
 
     check_file(to_json)
+    asked = split(methods, ";"), split(pattern, ";"), fractions(sparsity)
+    jobs_of(*asked, allocate)  # a slip in these shows before a model is fetched
     document = run(
         resolve(model, say=speaker(quiet)),
-        split(methods, ";"),
-        split(pattern, ";"),
-        fractions(sparsity),
+        *asked,
         to,
         data=data,
         evaluation=eval_data,

@@ -42,6 +42,15 @@ class Pattern(ABC):
         """The sparsity the pattern itself fixes, or None where the user chooses it."""
         return None
 
+    @property
+    def grain(self) -> int | None:
+        """In how many steps an allocation may vary the sparsity that the pattern itself fixes; None for any other pattern."""
+        return None
+
+    def at(self, sparsity: float | None) -> "Pattern":
+        """Return the pattern of one tensor whose share an allocation has set: n of every m for `NM`, itself otherwise."""
+        return self
+
     def resolve(self, sparsity: float | None) -> float | None:
         """Return the sparsity to use: the pattern's own, or the one asked for.
 
@@ -162,6 +171,13 @@ class NM(Pattern):
     @property
     def sparsity(self) -> float:
         return 1 - self.n / self.m
+
+    @property
+    def grain(self) -> int:
+        return self.m
+
+    def at(self, sparsity: float | None) -> "NM":
+        return self if sparsity is None else NM(round((1 - sparsity) * self.m), self.m)
 
     def check(self, shape: Sequence[int], name: str = "the tensor") -> None:
         if len(shape) == 0 or shape[-1] % self.m:

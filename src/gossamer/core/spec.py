@@ -35,7 +35,7 @@ def show(x: object) -> str:
     if type(x).__repr__ is not show or not dataclasses.is_dataclass(x):  # 2:4 has a text of its own
         return repr(x)
     fields = [f for f in dataclasses.fields(x) if f.init]
-    given = [f"{f.name}={getattr(x, f.name)!r}" for f in fields if getattr(x, f.name) != f.default]
+    given = [f"{f.name}={show(getattr(x, f.name))}" for f in fields if getattr(x, f.name) != f.default]
     name = _path(type(x))
     return f"{name}({', '.join(given)})" if given else name
 

@@ -21,6 +21,8 @@ class Stats:
         total: Σ x, shape (in,), where the mean was asked for; None otherwise.
         gram: Σ x xᵀ, shape (in, in), where it was asked for; None otherwise.
         grad: gradient of the loss with respect to the weight, its shape, where it was asked for; None otherwise.
+        hessian_grad: the Hessian of that loss times its gradient, where it was asked for; None otherwise.
+        synflow: gradient of SynFlow's objective with respect to |weight|, where it was asked for; None otherwise.
         white: no input was seen, and the statistics are those of white inputs.
         damping: the damping the last factorisation needed; None before there was one.
         dead: how many inputs that factorisation found to be always zero.
@@ -35,6 +37,8 @@ class Stats:
         self.gram = torch.zeros(width, width, dtype=torch.float32, device=device) if gram else None
         self.grad: Tensor | None = None
         self.grads: Tensor | None = None
+        self.hessian_grad: Tensor | None = None
+        self.synflow: Tensor | None = None
         self.white = False
         self.damping: float | None = None
         self.dead = 0

@@ -17,6 +17,7 @@ from gossamer.core.errors import GossamerError
 from gossamer.core.report import Report
 from gossamer.html import charts
 from gossamer.html.charts import amount, number, percent
+from gossamer.html.sensitivity import sensitivity
 
 __all__ = ["page"]
 
@@ -46,7 +47,7 @@ def page(documents: list[dict[str, Any]], title: str | None = None) -> str:
             "verdict": _verdict(study),
             "lowest": _lowest(study),
             "timed": _dense_rate(study),
-            "charts": charts.draw(study.runs, study.perplexity, colours, f"chart-{place}"),
+            "charts": _charts(study, colours, f"chart-{place}"),
             "recipe": _split([(f"{run.name} · {run.setting}", run.recipe) for run in study.runs], said=_SETTING),
             "environment": _split(
                 [("Dense", dense["environment"]) for dense in study.dense]
@@ -125,6 +126,8 @@ class Study:
     dense: list[dict[str, Any]] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
     commands: list[str] = field(default_factory=list)
+    knees: list[dict[str, Any]] = field(default_factory=list)  # of a sweep
+    layers: list[dict[str, Any]] = field(default_factory=list)  # of a sweep: what each pruned alone does
 
     @property
     def perplexity(self) -> float | None:
@@ -139,6 +142,8 @@ class Study:
         self.dense.extend(dense for dense in other.dense if dense not in self.dense)
         self.runs.extend(run for run in other.runs if run not in self.runs)
         self.commands.extend(command for command in other.commands if command not in self.commands)
+        self.knees.extend(knee for knee in other.knees if knee not in self.knees)
+        self.layers.extend(row for row in other.layers if row not in self.layers)
 
 
 def _read(document: Any, place: int) -> Study:
@@ -185,7 +190,8 @@ def _read_compare(document: dict[str, Any]) -> Study:
     evaluation = next((e for e in (*dense, *(run.report.evaluation for run in runs)) if e), None)
     if evaluation:
         evaluation = {**evaluation, "data": document["data"]["evaluation"]}
-    return Study(dict(document["model"]), _protocol(evaluation), dense, runs, _command(document))
+    swept = [list(document.get(key, [])) for key in ("knees", "layers")]
+    return Study(dict(document["model"]), _protocol(evaluation), dense, runs, _command(document), *swept)
 
 
 READERS = {"prune": _read_prune, "recover": _read_recover, "compare": _read_compare}
@@ -248,6 +254,12 @@ def _dense_rate(study: Study) -> float | None:
     return statistics.median(rates) if rates else None
 
 
+def _charts(study: Study, colours: dict[str, str], prefix: str) -> list[charts.Chart]:
+    """All drawings, that of a sweep's single weights after that of quality."""
+    drawn = charts.draw(study.runs, study.perplexity, colours, prefix)
+    return [drawn[0], *([sensitivity(study.layers, study.perplexity, prefix)] if study.layers else []), *drawn[1:]]
+
+
 def _lowest(study: Study) -> list[Run]:
     """Those of the best runs that have a rival."""
     rivals = Counter(run.setting for run in study.runs if run.perplexity is not None)
@@ -268,7 +280,9 @@ def _verdict(study: Study) -> str:
         times = " to ".join(f"{number(run.perplexity / dense)}×" for run in ends if run.perplexity) if dense else ""
         items.append(f"{name} with {values}" + (f" ({times} dense)" if times else "") + f" at {pattern} {levels}")
     reference = f" (dense: {number(dense)})" if dense else ""
-    return f"{'Lowest perplexity' if _lowest(study) else 'Perplexity'}{reference}: {'; '.join(items)}."
+    turns = [f"{k['method']} at {k['pattern']} {percent(k['knee'])}" for k in study.knees if k["knee"] is not None]
+    knees = f" Beyond these sparsities perplexity rises much faster: {'; '.join(turns)}." if turns else ""
+    return f"{'Lowest perplexity' if _lowest(study) else 'Perplexity'}{reference}: {'; '.join(items)}.{knees}"
 
 
 def _split(rows: list[tuple[str, dict[str, Any]]], said: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -101,6 +101,7 @@ def _quality(runs: Sequence["Run"], dense: float | None, colours: dict[str, str]
     log = high > 10 * low
     patterns = list(dict.fromkeys(run.pattern for run in drawn))
     swept = any(len({run.level for run in drawn if run.pattern == pattern}) > 1 for pattern in patterns)
+    curves = list(dict.fromkeys(_curve(pattern) for pattern in patterns))
     figure = go.Figure()
     key = []
     for name in dict.fromkeys(run.name for run in drawn):
@@ -109,10 +110,16 @@ def _quality(runs: Sequence["Run"], dense: float | None, colours: dict[str, str]
             figure.add_trace(_bars(mine, colours[name]))
             key.append((name, colours[name], "■"))
             continue
-        for pattern, style in zip(patterns, cycle(STYLES), strict=False):
-            if points := [run for run in mine if run.pattern == pattern]:
+        for curve, style in zip(curves, cycle(STYLES), strict=False):
+            if points := sorted((run for run in mine if _curve(run.pattern) == curve), key=lambda run: run.level):
                 figure.add_trace(_line(points, colours[name], style))
-                key.append((f"{name} · {pattern}" if len(patterns) > 1 else name, colours[name], style[2]))
+                key.append(
+                    (
+                        f"{name} · {curve if len(points) > 1 else points[0].pattern}" if len(curves) > 1 else name,
+                        colours[name],
+                        style[2],
+                    )
+                )
     if dense:
         line = {"dash": "dash", "color": NEUTRAL[1], "width": 2}
         figure.add_shape(type="line", xref="paper", x0=0, x1=1, y0=dense, y1=dense, line=line)
@@ -131,8 +138,13 @@ def _quality(runs: Sequence["Run"], dense: float | None, colours: dict[str, str]
     missing = [f"{run.name} at {run.setting}" for run in runs if run.report.evaluation and run.perplexity is None]
     note = "Perplexity of the pruned model by method; the dashed line is the dense model." if dense else "No dense reference."
     note += f" Not drawn, as the perplexity is not finite: {', '.join(missing)}." if missing else ""
-    alt = _alt("Perplexity", [(f"{run.name} at {run.setting}", number(run.perplexity)) for run in drawn])
-    return Chart("quality", title, note, (Panel("", alt, _html(figure, prefix, 380)),), tuple(key))
+    alt = alternative("Perplexity", [(f"{run.name} at {run.setting}", number(run.perplexity)) for run in drawn])
+    return Chart("quality", title, note, (Panel("", alt, to_page(figure, prefix, 380)),), tuple(key))
+
+
+def _curve(pattern: str) -> str:
+    """What stands on one line of a sweep: all n:m of one m do."""
+    return re.sub(r"^\d+:(\d+)$", r"n:\1", pattern)
 
 
 def _trade(runs: Sequence["Run"], dense: float | None, colours: dict[str, str], prefix: str) -> Chart:
@@ -180,7 +192,9 @@ def _trade(runs: Sequence["Run"], dense: float | None, colours: dict[str, str], 
         "dense model. Left of the dashed line sparse is slower than dense."
     )
     told = [(f"{run.name} at {run.setting}", f"{number(run.perplexity)} at {_short(run.rate or 0)} tokens/s") for run in drawn]
-    return Chart("trade", title, note, (Panel("", _alt("Perplexity and speed", told), _html(figure, prefix, 380)),), tuple(key))
+    return Chart(
+        "trade", title, note, (Panel("", alternative("Perplexity and speed", told), to_page(figure, prefix, 380)),), tuple(key)
+    )
 
 
 def _loss(runs: Sequence["Run"], colours: dict[str, str], prefix: str) -> Chart:
@@ -204,7 +218,9 @@ def _loss(runs: Sequence["Run"], colours: dict[str, str], prefix: str) -> Chart:
     figure.update_xaxes(title="Optimizer step", rangemode="tozero")
     figure.update_yaxes(title="Loss", rangemode="tozero")
     note = "The loss that was trained on; terms and weights are in the recipe, so only runs of one loss compare."
-    return Chart("loss", "Loss in training", note, (Panel("", _alt("Loss", points), _html(figure, prefix, 300)),), tuple(key))
+    return Chart(
+        "loss", "Loss in training", note, (Panel("", alternative("Loss", points), to_page(figure, prefix, 300)),), tuple(key)
+    )
 
 
 def _losses(run: "Run") -> list[float | None]:
@@ -255,7 +271,7 @@ def _size(runs: Sequence["Run"], prefix: str) -> Chart:
     labels = [_lines(*label.split(" · ")) for label in rows]
     figure = _stack(labels, series, list(totals.values()), f"Size ({unit})")
     note = "Counted: non-zero values + one bit per entry, beside what was not pruned. It is not the size of a file on disk."
-    panel = Panel("", _alt("Size", list(totals.items())), _html(figure, prefix, 70 + 44 * len(labels)))
+    panel = Panel("", alternative("Size", list(totals.items())), to_page(figure, prefix, 70 + 44 * len(labels)))
     return Chart("size", title, note, (panel,), _boxes(series))
 
 
@@ -273,8 +289,8 @@ def _time(runs: Sequence["Run"], prefix: str) -> Chart:
     phases = dict.fromkeys(phase for part in spent for phase in part)
     series = {phase: [part.get(phase, 0) for part in spent] for phase in sorted(phases, key="other".__eq__)}
     figure = _stack(labels, series, [f"{_short(total)} s" for total in totals], "Wall time (s)")
-    alt = _alt("Seconds", [(f"{run.name} at {run.setting}", number(t)) for run, t in zip(timed, totals, strict=True)])
-    panel = Panel("", alt, _html(figure, prefix, 70 + 44 * len(labels)))
+    alt = alternative("Seconds", [(f"{run.name} at {run.setting}", number(t)) for run, t in zip(timed, totals, strict=True)])
+    panel = Panel("", alt, to_page(figure, prefix, 70 + 44 * len(labels)))
     return Chart("time", title, "Wall time of each run by phase.", (panel,), _boxes(series))
 
 
@@ -311,12 +327,12 @@ def _layers(runs: Sequence["Run"], prefix: str) -> Chart:
     panels = []
     for i, (cells, alike) in enumerate(grids.items(), 1):
         grid = dict(cells)
-        kinds = list(dict.fromkeys(_kind(w) for w in alike[0].report.weights if w.get("block") is not None))
+        kinds = list(dict.fromkeys(kind(w) for w in alike[0].report.weights if w.get("block") is not None))
         blocks = sorted({block for _, block in grid})
         heat = go.Heatmap(
             x=blocks,
-            y=[escape(kind) for kind in kinds],
-            z=[[grid.get((kind, block)) for block in blocks] for kind in kinds],
+            y=[escape(name) for name in kinds],
+            z=[[grid.get((name, block)) for block in blocks] for name in kinds],
             zmin=middle - half,
             zmax=middle + half,
             colorscale=BLUES,
@@ -332,7 +348,7 @@ def _layers(runs: Sequence["Run"], prefix: str) -> Chart:
         heading = "; ".join(f"{s}: {', '.join(run.name for run in alike if run.setting == s)}" for s in settings)
         spread = f"from {min(grid.values()):.4g} % to {max(grid.values()):.4g} %"
         alt = f"Sparsity of each weight by block, {heading}: {len(kinds)} kinds in {len(blocks)} blocks, {spread}."
-        panels.append(Panel(heading, alt, _html(figure, f"{prefix}-{i}", 120 + 26 * len(kinds))))
+        panels.append(Panel(heading, alt, to_page(figure, f"{prefix}-{i}", 120 + 26 * len(kinds))))
     flat = all(len({value for _, value in grid}) == 1 for grid in grids)
     note = "Every weight of a run has the same sparsity." if flat else "Runs whose weights agree share a drawing."
     return Chart("layers", title, note, tuple(panels))
@@ -343,13 +359,13 @@ def _grid(run: "Run") -> dict[tuple[str, int], float]:
     counts: dict[tuple[str, int], list[int]] = {}
     for row in run.report.weights:
         if row.get("block") is not None:
-            cell = counts.setdefault((_kind(row), row["block"]), [0, 0])
+            cell = counts.setdefault((kind(row), row["block"]), [0, 0])
             cell[0] += row["nnz"]
             cell[1] += math.prod(row["shape"])
     return {key: round(100 * (1 - nnz / size), 2) for key, (nnz, size) in counts.items() if size}
 
 
-def _kind(row: dict[str, Any]) -> str:
+def kind(row: dict[str, Any]) -> str:
     """The weight's name within its block: ``model.layers.3.self_attn.q_proj.weight`` → ``self_attn.q_proj``."""
     inside = re.sub(rf"^.*?(?:^|\.){row['block']}\.", "", row["name"]).removesuffix(".weight")
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", inside)
@@ -360,11 +376,11 @@ def _lines(*parts: str) -> str:
     return "<br>".join(escape(part) for part in parts)
 
 
-def _alt(what: str, points: list[tuple[str, str]]) -> str:
+def alternative(what: str, points: list[tuple[str, str]]) -> str:
     return f"{what}: " + "; ".join(f"{label} {value}" for label, value in points) + "."
 
 
-def _html(figure: go.Figure, element: str, height: int) -> str:
+def to_page(figure: go.Figure, element: str, height: int) -> str:
     """Lay out and write one figure. Colours of text come from the page's style sheet in the dark."""
     figure.update_layout(
         template="none",

@@ -1,9 +1,12 @@
 """One file a published score; importing it here is what makes it known everywhere."""
 
 from gossamer.scores.gradient import Gradient
+from gossamer.scores.grasp import GraSP
 from gossamer.scores.magnitude import Magnitude
 from gossamer.scores.random import Random
 from gossamer.scores.ria import RIA
+from gossamer.scores.sampled import Sampled
+from gossamer.scores.synflow import SynFlow
 from gossamer.scores.wanda import Wanda
 
-__all__ = ["RIA", "Gradient", "Magnitude", "Random", "Wanda"]
+__all__ = ["RIA", "GraSP", "Gradient", "Magnitude", "Random", "Sampled", "SynFlow", "Wanda"]

@@ -13,6 +13,9 @@ from gossamer.core.stats import Stats
 class Gradient(Score):
     """S = |w · ∂L/∂w|, L the mean next-token loss over the calibration windows (Molchanov et al., 2017, arXiv:1611.06440).
 
+    SNIP's connection sensitivity (Lee et al., 2019, arXiv:1810.02340) is this number over its sum over all weights, at
+    initialisation: the same ranking, so SNIP is ``Gradient`` with allocate="global_", and has no class of its own.
+
     Needs one backward pass through the whole model, so the model has to fit in memory with a float32 gradient of each target.
 
     >>> import torch

@@ -72,9 +72,9 @@ class Calibration:
             give_back()
 
         with self._entered(index) as (here, home), ExitStack() as stack:
-            stack.enter_context(_hook(here.register_forward_hook(lambda _m, _a, out: self._finish(out, home))))
+            stack.enter_context(hooked(here.register_forward_hook(lambda _m, _a, out: self._finish(out, home))))
             for module in by_module:
-                stack.enter_context(_hook(module.register_forward_pre_hook(lambda m, args: self._arrive(gatherer, m, args))))
+                stack.enter_context(hooked(module.register_forward_pre_hook(lambda m, args: self._arrive(gatherer, m, args))))
             self._lanes: dict[int, Lane] = {}
             lockstep([self._body(i) for i in range(len(self.batches))], lambda m: order[m], deal_with)  # type: ignore[index]
             for module in by_module:
@@ -97,7 +97,7 @@ class Calibration:
                 raise _Stop
 
             register = module.register_forward_hook if answered else module.register_forward_pre_hook
-            stack.enter_context(_hook(register(stop, with_kwargs=True)))
+            stack.enter_context(hooked(register(stop, with_kwargs=True)))
             for lane in range(len(self.batches)):
                 self._pass(lane)
         return found
@@ -107,14 +107,14 @@ class Calibration:
         """Let the blocks before ``index`` answer from their lanes' outputs, and put this one on the device."""
         with ExitStack() as stack:
             for done in self.blocks[:index]:
-                stack.enter_context(_forward(done, lambda *_, **__: self.outputs[self._lane]))
+                stack.enter_context(forwarding(done, lambda *_, **__: self.outputs[self._lane]))
             stack.enter_context(eager_experts(self.model))
             here = self.blocks[index]
             home = next((p.device for p in here.parameters()), torch.device("cpu"))
             if self.device is not None:
                 here.to(self.device)
                 stack.callback(here.to, home)
-                stack.enter_context(_hook(here.register_forward_pre_hook(self._bring, with_kwargs=True)))
+                stack.enter_context(hooked(here.register_forward_pre_hook(self._bring, with_kwargs=True)))
             yield here, home
 
     def _body(self, index: int) -> Callable[[Lane], None]:
@@ -147,7 +147,7 @@ class Calibration:
 
 
 @contextmanager
-def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def forwarding(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Let one module instance answer with another forward for a while."""
     before = module.__dict__.get("forward")
     module.forward = forward
@@ -175,7 +175,7 @@ def eager_experts(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _hook(handle: RemovableHandle) -> Iterator[None]:
+def hooked(handle: RemovableHandle) -> Iterator[None]:
     try:
         yield
     finally:

@@ -1,13 +1,15 @@
 """Gradients of the next-token loss with respect to the targets, window by window through the whole model."""
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from gossamer.sites._calibrate import Batch
+from gossamer.sites._calibrate import Batch, hooked
 from gossamer.sites._walk import Target
 
 
@@ -16,12 +18,11 @@ def gradients(
 ) -> dict[str, Tensor]:
     """Return ∂L/∂w of each target in float32, L the mean next-token loss over all windows; or ``each`` window's own, stacked.
 
-    A gradient in the model's dtype lives only until its window's is added to the float32 sum, or kept in float32.
+    A gradient in the model's dtype lives only until its window's is added to the float32 sum, or kept in float32. What the loss
+    does not depend on, such as an expert that no token was sent to, has gradient zero.
     """
     sums: dict[str, Any] = {}
-    parameters = {target.name: getattr(target.module, target.attribute) for target in targets}
-    requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-    windows = sum(batch["input_ids"].shape[0] for batch in batches)
+    windows = list(each_window(batches))
 
     def collect(name: str, parameter: Tensor) -> None:
         share = parameter.grad.to(torch.float32, copy=True)  # type: ignore[union-attr]
@@ -31,20 +32,36 @@ def gradients(
             sums[name] = sums[name].add_(share) if name in sums else share
         parameter.grad = None
 
-    with ExitStack() as stack:
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
+    with wanting_gradients(model, targets) as parameters, ExitStack() as stack:
         for name, parameter in parameters.items():
-            parameter.requires_grad_(True)
-            hook = lambda p, name=name: collect(name, p)  # noqa: E731
-            stack.callback(parameter.register_post_accumulate_grad_hook(hook).remove)
-        try:
-            for batch in batches:
-                for window in torch.split(batch["input_ids"], 1):
-                    with torch.enable_grad():
-                        loss = model(input_ids=window, labels=window, use_cache=False).loss
-                        (loss if each else loss / windows).backward()
-        finally:
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(requires_grad[name])
-    return {name: torch.stack(found) for name, found in sums.items()} if each else sums
+            handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(partial(collect, name))  # type: ignore[no-untyped-call]
+            stack.enter_context(hooked(handle))
+        for window in windows:
+            loss = model(input_ids=window, labels=window, use_cache=False).loss
+            (loss if each else loss / len(windows)).backward()
+    found: Mapping[str, Tensor] = {name: torch.stack(parts) for name, parts in sums.items()} if each else sums
+    lead = (len(windows),) if each else ()
+    return {t.name: found.get(t.name, torch.zeros(())).expand(*lead, *t.parameter.shape) for t in targets}
+
+
+@contextmanager
+def wanting_gradients(model: nn.Module, targets: Sequence[Target]) -> Iterator[dict[str, nn.Parameter]]:
+    """Yield the parameters of the targets, the only ones that want gradients meanwhile."""
+    wanted = {p: p.requires_grad for p in model.parameters()}
+    parameters = {target.name: getattr(target.module, target.attribute) for target in targets}
+    try:
+        for p in wanted:
+            p.requires_grad_(False)
+        for p in parameters.values():
+            p.requires_grad_(True)
+        with torch.enable_grad():
+            yield parameters
+    finally:
+        for p, before in wanted.items():
+            p.requires_grad_(before)
+
+
+def each_window(batches: Sequence[Batch]) -> Iterator[Tensor]:
+    """Yield the token ids of every window, (1, seqlen)."""
+    for batch in batches:
+        yield from torch.split(batch["input_ids"], 1)

@@ -33,13 +33,14 @@ def calibration_batches(
     """
     if not job.needs_data:
         return []
-    if data is None:
-        wants = show_method(job.solver) if job.gather else f"allocate={show(job.allocation)}"
-        raise GossamerError(f"{wants} needs calibration data: give data= a text file, token ids, or 'builtin'")
+    job.check_data(data)
+    assert data is not None  # checked above
     split = lambda ids: ids.tensor_split(min(lanes, len(ids)))  # noqa: E731
     batches = batches_of(data, tokenizer, seqlen, samples, sample, seed, split, folder=folder, device=device)
-    if "grad" in job.gather and not all("input_ids" in batch for batch in batches):
-        raise GossamerError("Gradient takes the next-token loss, so each mapping needs input_ids")
+    losses = {"grad", "grads", "hessian_grad", "losses"}
+    if job.wants & losses and not all("input_ids" in batch for batch in batches):
+        wants = show_method(job.solver) if job.gather & losses else f"allocate={show(job.allocation)}"
+        raise GossamerError(f"{wants} takes the next-token loss, so each mapping needs input_ids")
     return batches
 
 

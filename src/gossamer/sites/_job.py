@@ -24,6 +24,8 @@ from gossamer.sites._walk import Target, targets
 METHODS = {**names_in(scores), **names_in(solvers)}
 PATTERNS = names_in(patterns, Pattern)
 ALLOCATIONS = names_in(allocations)
+WHOLE = frozenset({"grad", "grads", "hessian_grad", "synflow"})  # what only the whole model can tell
+DATA_FREE = frozenset({"synflow", "weights", "scores", "wanda"})  # needs for which themselves no data is read
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,17 @@ class Job:
         if shape == Unstructured():
             shape = Unstructured(per=solver.per)
         allocation = _allocation(allocate)
-        own_total = shape.takes_sparsity and isinstance(allocation, allocations.mapping)  # a mapping's values are the total
+        own_total = shape.takes_sparsity and allocations.sets_total(allocation)
         fraction = None if own_total and sparsity is None else shape.resolve(sparsity)
-        if not shape.takes_sparsity and allocation is not allocations.uniform:
+        if not shape.takes_sparsity and shape.grain is None and allocation is not allocations.uniform:
             raise GossamerError(f"the pattern {shape} leaves no sparsity to allocate; leave allocate={show(allocation)} out")
-        return cls(solver, shape, fraction, allocation)
+        job = cls(solver, shape, fraction, allocation)
+        if "scores" in job.allocation_needs and job.scorer is None:
+            raise GossamerError(
+                f"allocate={show(allocation)} ranks the scores of all weights together, and {show_method(solver)} has none "
+                f"outside its own sweep; use uniform, erk or owl with it, or by(Wanda, {show(allocation)})"
+            )
+        return job
 
     @property
     def gather(self) -> frozenset[str]:
@@ -73,7 +81,7 @@ class Job:
     @property
     def blockwise(self) -> bool:
         """Whether each block can be pruned knowing only itself and what comes before it."""
-        return not self.gather & {"grad", "grads"} and not self.allocation_needs
+        return not self.gather & WHOLE and not self.allocation_needs
 
     @property
     def allocation_needs(self) -> frozenset[str]:
@@ -81,9 +89,36 @@ class Job:
         return getattr(self.allocation, "needs", frozenset())
 
     @property
+    def scorer(self) -> Score | None:
+        """The score that the allocation reads: its own, Wanda, or the method's; None where it reads none, or there is none."""
+        if not self.allocation_needs & {"scores", "wanda"}:
+            return None
+        if "wanda" in self.allocation_needs:
+            return scores.Wanda()
+        own = self.solver.score if isinstance(self.solver, solvers.Mask) else None
+        return getattr(self.allocation, "score", own)
+
+    @property
+    def rounds(self) -> int:
+        """In how many rounds the sparsity is reached: one where it cannot rise, as the pattern or a mapping fixes it."""
+        rising = self.sparsity and self.pattern.takes_sparsity and not isinstance(self.allocation, allocations.mapping)
+        return self.solver.score.rounds if isinstance(self.solver, solvers.Mask) and rising else 1
+
+    @property
     def needs_data(self) -> bool:
         """Whether calibration windows are wanted at all."""
-        return bool(self.gather) or "wanda" in self.allocation_needs
+        return bool(self.wants - DATA_FREE)
+
+    @property
+    def wants(self) -> frozenset[str]:
+        """Everything that the method, the allocation and its score need."""
+        return self.gather | self.allocation_needs | (self.scorer.needs if self.scorer else frozenset())
+
+    def check_data(self, data: Any) -> None:
+        """Raise if data is wanted and there is none."""
+        if self.needs_data and data is None:
+            wants = show_method(self.solver) if self.gather - DATA_FREE else f"allocate={show(self.allocation)}"
+            raise GossamerError(f"{wants} needs calibration data: give data= a text file, token ids, or 'builtin'")
 
     def prune(self, target: Target, stats: Sequence[Stats], sparsity: float | None) -> dict[str, Any]:
         """Prune one weight in place and return its row of the report."""
@@ -92,13 +127,20 @@ class Job:
         matrices = target.matrices()
         for matrix, known in zip(matrices, stats, strict=True):
             try:
-                weights, _ = self.solver(matrix, known, self.pattern, sparsity)
+                weights = self.solve(matrix, known, sparsity)
             except (GossamerError, ArithmeticError) as error:
                 raise GossamerError(f"{target.name}: {error}") from error
             if not_finite(weights):
                 raise GossamerError(f"{target.name}: {show_method(self.solver)} gave weights that are NaN or infinite")
             matrix.copy_(weights)
         return {**row(target), **told(stats), "seconds": time.perf_counter() - started}
+
+    def solve(self, matrix: Tensor, known: Stats, sparsity: float | None) -> Tensor:
+        """Return one matrix pruned; its share may be its own n of every m."""
+        pattern, share = self.pattern, sparsity
+        if pattern.grain is not None:
+            pattern, share = pattern.at(sparsity), None
+        return self.solver(matrix, known, pattern, share)[0]
 
 
 def select_targets(model: nn.Module, job: Job, expression: str | None, *, weightless: bool = False) -> list[Target]:
@@ -170,9 +212,9 @@ def command_of(model: str, recipe: Mapping[str, Any], out: str) -> str:
 
 def _allocation(allocate: Any) -> Any:
     if isinstance(allocate, str):
-        return parse(allocate, ALLOCATIONS, "allocation")
+        allocate = parse(allocate, {**names_in(scores), **ALLOCATIONS}, "allocation")  # a score inside by(Wanda, global_)
     if isinstance(allocate, Mapping):
         return allocations.mapping(allocate)
-    if callable(allocate):
+    if callable(allocate) and not isinstance(allocate, Score):
         return allocate
     raise GossamerError(f"allocate= is a name, a function or a mapping of names to sparsities, not {allocate!r}")

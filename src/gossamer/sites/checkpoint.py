@@ -19,8 +19,8 @@ from gossamer.core.score import Score
 from gossamer.core.solver import Solver
 from gossamer.core.stats import INPUTS
 from gossamer.models import check_directory, quiet, skeleton
+from gossamer.sites._allocated import allocated, bar, blank_stats, own_gradients
 from gossamer.sites._calibrate import Batch, Calibration
-from gossamer.sites._gradients import gradients
 from gossamer.sites._inputs import calibration_batches, check_batches
 from gossamer.sites._job import Job, command_of, recipe_of, select_targets, show_method
 from gossamer.sites._packed_write import packed_row, sparse_layers, write_dense, write_packed
@@ -28,7 +28,8 @@ from gossamer.sites._rows import describe, peak_bytes, phases, row
 from gossamer.sites._run import Run, write_sparsity
 from gossamer.sites._stream import Checkpoint
 from gossamer.sites._walk import targets as find_targets
-from gossamer.sites.weights import LANES, allocated, bar, blank_stats
+from gossamer.sites._whole import fill, measured
+from gossamer.sites.weights import LANES, approach
 
 
 def prune_checkpoint(
@@ -86,13 +87,14 @@ def prune_checkpoint(
         chosen = find_targets(model, targets)
         where = None if device is None else torch.device(device)
 
+        approach(model, job, chosen, batches, where, progress)
         if "sparsities" not in run.state:
             run.state["sparsities"] = allocated(model, job, chosen, batches, where, progress)
         sparsities = run.state["sparsities"]
         walk = Calibration(model, batches, job.gather, device=where) if job.gather & INPUTS else None
         if walk is not None:
             walk.outputs = run.inputs(len(batches))
-        grads = gradients(model, batches, chosen) if "grad" in job.gather else {}
+        whole = measured(model, job.gather, batches, chosen)
         if "grads" in job.gather:  # these come through the pruned blocks before, which are not read back: start over
             run.state |= {"done": 0, "rows": []}
         rows = run.state["rows"]
@@ -107,20 +109,20 @@ def prune_checkpoint(
 
                 def visit(target: Any, stats: Any) -> None:
                     shown.set_postfix_str(target.name.removesuffix(".weight"), refresh=False)
-                    rows.append(job.prune(target, stats, sparsities[target.name]))
+                    rows.append(job.prune(target, fill(target, stats, whole), sparsities[target.name]))
                     shown.update()
 
                 checkpoint.fetch(list_name, index)
                 if walk is not None:
                     walk.block(index, inside, visit)
                 else:
-                    each = gradients(model, batches, inside, each=True) if "grads" in job.gather else {}
+                    each = own_gradients(model, job.gather, batches, inside)
                     for target in inside:
-                        visit(target, blank_stats(target, grads.pop(target.name, None), each.pop(target.name, None)))
+                        visit(target, blank_stats(target, each))
                 run.finish_block(position, checkpoint.block_state(list_name, index), walk.outputs if walk is not None else [])
                 checkpoint.drop(list_name, index)
         for target in (t for t in chosen if t.block is None):
-            rows.append(job.prune(target, blank_stats(target), sparsities[target.name]))
+            rows.append(job.prune(target, blank_stats(target, whole), sparsities[target.name]))
 
         elapsed = run.seconds()
         report = Report(

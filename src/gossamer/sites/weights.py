@@ -2,23 +2,21 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from gossamer import scores, solvers
-from gossamer.core.errors import GossamerError
 from gossamer.core.pattern import Pattern
 from gossamer.core.report import Report
 from gossamer.core.score import Score
 from gossamer.core.solver import Solver
-from gossamer.core.spec import show
-from gossamer.core.stats import INPUTS, Stats
-from gossamer.sites._calibrate import Batch, Calibration, Visit
-from gossamer.sites._gradients import gradients
+from gossamer.core.stats import Stats
+from gossamer.sites._allocated import allocated, visit_all
+from gossamer.sites._allocated import bar as bar
+from gossamer.sites._calibrate import Batch
 from gossamer.sites._inputs import calibration_batches, check_batches
 from gossamer.sites._job import Job, check_finite, recipe_of, select_targets, show_method
 from gossamer.sites._rows import describe, peak_bytes, phases
@@ -53,7 +51,7 @@ def prune(
         method: a score or solver, or its spec: "Magnitude", "Wanda", "SparseGPT(damp=0.02)".
         pattern: "2:4", "Unstructured", "Unstructured(per='row')", "4x1" ...
         sparsity: fraction of zeros in [0, 1); left out where the pattern fixes its own.
-        allocate: "uniform", "erk", "global_", "owl", or a mapping of names (or globs) to sparsities.
+        allocate: "uniform", "erk", "global_", "owl", "searched" ..., or a mapping of names (or globs) to sparsities.
         data: calibration text (a file, a directory, "builtin", a data set's name), token ids of shape (samples, seqlen), or
             a sequence of keyword-argument mappings for the model.
         tokenizer: for text; by default the one saved with the model.
@@ -93,6 +91,7 @@ def prune(
     training = model.training
     model.eval()  # dropout would blur the statistics
     try:
+        approach(model, job, chosen, batches, where, progress)
         sparsities = allocated(model, job, chosen, batches, where, progress)
         calibrated = time.perf_counter()
         rows = _prune_all(model, job, chosen, sparsities, batches, where, progress)
@@ -130,89 +129,16 @@ def _prune_all(
     return [rows[target.name] for target in chosen]
 
 
-def visit_all(
-    model: nn.Module,
-    gather: frozenset[str],
-    chosen: Sequence[Target],
-    batches: Sequence[Batch],
-    device: torch.device | None,
-    visit: Visit,
-) -> None:
-    """Hand over every target once with the statistics named in ``gather``, block by block where these come from inputs."""
-    if gather & INPUTS:
-        walk = Calibration(model, batches, gather, device=device)
-        for index in range(len(walk.blocks)):
-            walk.block(index, [target for target in chosen if target.block == index], visit)
-        return
-    grads = gradients(model, batches, chosen) if "grad" in gather else {}
-    for block in dict.fromkeys(target.block for target in chosen):
-        inside = [target for target in chosen if target.block == block]
-        each = gradients(model, batches, inside, each=True) if "grads" in gather else {}  # large: of one block at a time
-        for target in inside:
-            visit(target, blank_stats(target, grads.pop(target.name, None), each.pop(target.name, None)))
-
-
-def allocated(
+def approach(
     model: nn.Module,
     job: Job,
     chosen: Sequence[Target],
     batches: Sequence[Batch],
     device: torch.device | None,
     progress: bool | None,
-) -> dict[str, float | None]:
-    """Return the sparsity of each target, after a pass over the dense model where the allocation wants one."""
-    if not job.pattern.takes_sparsity:
-        return {target.name: None for target in chosen}
-    tensors = {target.name: target.matrices() for target in chosen}
-    if needed := job.allocation_needs:
-        score = scores.Wanda() if "wanda" in needed else _score_of(job)
-        tensors = _dense_scores(model, score, chosen, batches, device, progress)
-    return dict(job.allocation(tensors, job.sparsity))
-
-
-def _dense_scores(
-    model: nn.Module,
-    score: Score,
-    chosen: Sequence[Target],
-    batches: Sequence[Batch],
-    device: torch.device | None,
-    progress: bool | None,
-) -> dict[str, Tensor]:
-    """Score every target on the dense model; all scores are held at once."""
-    found: dict[str, Tensor] = {}
-    with bar(len(chosen), f"scores by {score}", progress) as shown:
-
-        def visit(target: Target, stats: list[Stats]) -> None:
-            pairs = zip(target.matrices(), stats, strict=True)
-            found[target.name] = torch.stack([score(w, s) for w, s in pairs]).to(target.parameter.device)
-            shown.update()
-
-        visit_all(model, score.needs, chosen, batches, device, visit)
-    return {target.name: found[target.name] for target in chosen}
-
-
-def _score_of(job: Job) -> Score:
-    if isinstance(job.solver, solvers.Mask):
-        return job.solver.score
-    raise GossamerError(
-        f"allocate={show(job.allocation)} ranks the scores of all weights together, and {show_method(job.solver)} has none "
-        "outside its own sweep; use uniform, erk or owl with it"
-    )
-
-
-def blank_stats(target: Target, grad: Tensor | None = None, grads: Tensor | None = None) -> list[Stats]:
-    """Return statistics without inputs, one for each matrix of the target, holding its gradients where there are some."""
-    count, _, width = target.matrices().shape
-    stats = [Stats(width, device=target.parameter.device) for _ in range(count)]
-    for name, given in (("grad", grad), ("grads", grads)):
-        if given is not None:
-            stacked = given if target.stacked else given.unsqueeze(-3)
-            matrices = (stacked.transpose(-1, -2) if target.transposed else stacked).unbind(-3)
-            for known, matrix in zip(stats, matrices, strict=True):
-                setattr(known, name, matrix)
-    return stats
-
-
-def bar(total: int, what: str, progress: bool | None) -> Any:
-    """Return a progress bar; shown when asked for, or, if ``progress`` is None, on a terminal."""
-    return tqdm(total=total, desc=what, disable=None if progress is None else not progress, leave=False, dynamic_ncols=True)
+) -> None:
+    """Prune in all rounds but the last: after round k the density is (1 − S)^(k/rounds)."""
+    for k in range(1, job.rounds):
+        assert job.sparsity is not None
+        part = replace(job, sparsity=1 - (1 - job.sparsity) ** (k / job.rounds))
+        _prune_all(model, part, chosen, allocated(model, part, chosen, batches, device, False), batches, device, False)

@@ -188,6 +188,39 @@ def test_compare_then_again_then_more(run: Any, tiny_dir: Path, tmp_path: Path, 
     assert len(pruned) == 14, "another allocation is another run; 2:4 leaves nothing to allocate"
 
 
+def test_compare_over_all_methods_seeds_and_tasks(
+    run: Any, tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def answers(model: Any, tasks: str, *_: Any, **how: Any) -> dict[str, Any]:
+        asked.append((tasks, how["limit"], bool((model.lm_head.weight != 0).any())))
+        return {"piqa": {"acc": 0.5 + len(asked) / 1000}}
+
+    monkeypatch.setattr(compare, "measured_tasks", answers)
+    monkeypatch.setattr(compare, "known_tasks", lambda tasks, folder: None)
+    out = tmp_path / "cmp"
+    options = ["--pattern", "2:4", "--windows", "4", *SMALL, "--out", out, "--seeds", "2", "--tasks", "piqa", "--limit", "3"]
+    assert run("compare", tiny_dir, "--methods", "Magnitude;Wanda", *options).status == 0
+    document = json.loads((out / "compare.json").read_text())
+    assert [(r["recipe"]["method"], r["recipe"].get("seed")) for r in document["runs"]] == [
+        ("Magnitude", None), ("Wanda", 0), ("Wanda", 1)]  # fmt: skip
+    assert document["runs"][1]["evaluation"]["perplexity"] != document["runs"][2]["evaluation"]["perplexity"]
+    assert asked == [("piqa", 3, True)] * 4, "the dense model too"
+    assert document["dense"]["tasks"] == {"piqa": {"acc": 0.501}}
+
+    done = run("compare", tiny_dir, "--methods", "all", *options)
+    assert done.status == 0
+    assert done.err.count("kept from the run before") == 4
+    every = {r["recipe"]["method"] for r in json.loads((out / "compare.json").read_text())["runs"]}
+    assert {method.partition("(")[0] for method in every} == METHODS.keys() - {"Mask"}
+    lines = [line.split() for line in done.out.splitlines() if "2:4" in line]
+    found = [float(line[line.index("2:4") + 2]) for line in lines]
+    assert found == sorted(found), "the best first"
+    assert "±" in done.out
+    assert run("compare", tiny_dir, *options, "--seeds", "0").status == 2
+
+
 def test_compare_sees_that_the_calibration_text_has_changed(run: Any, tiny_dir: Path, tmp_path: Path, bright: Path) -> None:
     asked = ["compare", tiny_dir, "--methods", "Wanda", "--pattern", "2:4", "--windows", "4", *SMALL, "--out", tmp_path / "c"]
     assert run(*asked, "--data", bright, "--eval-data", "builtin").status == 0

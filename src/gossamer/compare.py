@@ -15,9 +15,11 @@ from gossamer.core.report import FORMAT, environment, read_json
 from gossamer.core.spec import show
 from gossamer.data import calibration
 from gossamer.data import evaluation as evaluation_windows
-from gossamer.evaluate import check_ids, perplexity
+from gossamer.evaluate import check_ids, known_tasks, perplexity
+from gossamer.evaluate import tasks as measured_tasks
 from gossamer.models import causal_lm, check_directory, skeleton, tokenizer
-from gossamer.sites._job import Job, check_finite, command_of, pattern_of, select_targets, show_method
+from gossamer.sites._job import Job, check_finite, command_of, select_targets, show_method
+from gossamer.sites._jobs import jobs_of
 from gossamer.sites._rows import describe, peak_bytes, restart_peak
 from gossamer.sites._walk import targets as find_targets
 from gossamer.sites.checkpoint import save
@@ -47,6 +49,10 @@ def compare(
     device: str | None = None,
     keep_models: bool = False,
     speed: bool = False,
+    seeds: int = 1,
+    tasks: str | None = None,
+    tasks_dir: Path | None = None,
+    limit: int | None = None,
     name: str | None = None,
     command: str | None = None,
     progress: bool | None = None,
@@ -59,13 +65,16 @@ def compare(
 
     Args:
         source: a model directory.
-        methods, patterns, sparsities: all combinations are run; a pattern that fixes its own sparsity is run once.
+        methods, patterns, sparsities: all combinations are run; a pattern that fixes its own sparsity is run once. "all" is
+            every method that is defined for the pattern.
         folder: receives compare.json, runs/ and, with ``keep_models``, models/.
         data, evaluation: calibration text and evaluation text; the same name by default, of which data sets (and "builtin")
             give two disjoint splits.
         windows: evaluate on the first so many windows.
         alone: jobs that are also run on some targets alone, by name or glob; the document's "layers" says what that does.
         speed: pack each pruned model too where that pays here, and time its decoding beside the dense model's.
+        seeds: run each so many times, with the seeds ``seed``, ``seed + 1`` ... for its windows; what reads no data runs once.
+        tasks, tasks_dir, limit: lm-eval's tasks, as in `gossamer.evaluate.tasks`: every model answers these too.
         others: as in `gossamer.prune`.
 
     Returns:
@@ -76,6 +85,10 @@ def compare(
     """
     check_directory(source)
     jobs = jobs_of(methods, patterns, sparsities, allocate)
+    if seeds < 1:
+        raise GossamerError(f"seeds is how many times each method runs, at least 1, not {seeds}")
+    if tasks is not None:
+        known_tasks(tasks, tasks_dir)
     evaluation = evaluation or data
     tokens = tokenizer(source)
     ids = evaluation_windows(evaluation, tokens, seqlen=seqlen, first=windows)
@@ -98,7 +111,11 @@ def compare(
     runs_folder = folder / "runs"
 
     def score(model: Any, what: str) -> dict[str, Any]:
-        return {**perplexity(model, ids, device=device, progress=shown(what, progress)), "data": evaluation}
+        found = {**perplexity(model, ids, device=device, progress=shown(what, progress)), "data": evaluation}
+        if tasks is not None:
+            say(f"{what}: {tasks}")
+            found["tasks"] = measured_tasks(model, tasks, tasks_dir, tokenizer=tokens, limit=limit, device=device)
+        return found
 
     def once(label: str, run: Callable[[], dict[str, Any]], how: str = "", wants: Path | None = None) -> dict[str, Any]:
         kept = runs_folder / f"{hashlib.sha256((identity + label + how).encode()).hexdigest()[:16]}.json"
@@ -118,7 +135,7 @@ def compare(
         say("dense")
         return {"model": describe(model, name or str(source)), **score(model, "dense"), "peak_bytes": peak_bytes()}
 
-    def pruned(job: Job, label: str, saved: Path | None, targets: str | None, speed: bool) -> dict[str, Any]:
+    def pruned(job: Job, label: str, saved: Path | None, targets: str | None, speed: bool, seed: int) -> dict[str, Any]:
         say(label)
         model = causal_lm(source)
         report = prune(
@@ -149,7 +166,8 @@ def compare(
             report.speed = decoding(model, job.pattern, progress=progress)
         return report.to_json()
 
-    reference = once("dense", dense)
+    answered = "" if tasks is None else f" {tasks} {limit}"
+    reference = once("dense", dense, answered)
     document: dict[str, Any] = {
         "format": FORMAT,
         "kind": "compare",
@@ -160,38 +178,21 @@ def compare(
         "dense": {**{k: v for k, v in reference.items() if k != "model"}, "bytes": reference["model"]["bytes"]},
         "runs": [],
     }
-    for job in jobs:
-        label = " ".join(filter(None, [show_method(job.solver), str(job.pattern), _at(job)]))
+    for job, turn in [(each, turn) for each in jobs for turn in range(seeds if each.needs_data else 1)]:
+        again = f"seed {seed + turn}" if turn else ""
+        label = " ".join(filter(None, [show_method(job.solver), str(job.pattern), _at(job), again]))
         saved = folder / "models" / _slug(label) if keep_models else None
-        run = partial(pruned, job, label, saved, targets, speed)
-        document["runs"].append(once(label, run, show(job.allocation) + (" timed" if speed else ""), saved))
+        timed = speed and not turn
+        run = partial(pruned, job, label, saved, targets, timed, seed + turn)
+        document["runs"].append(once(label, run, show(job.allocation) + (" timed" if timed else "") + answered, saved))
         write_text(folder / "compare.json", json.dumps(document, indent=1) + "\n")
     for job, only in alone:
         label = " ".join(filter(None, [show_method(job.solver), str(job.pattern), _at(job), "in", only, "alone"]))
-        found = once(label, partial(pruned, job, label, None, only, False), show(job.allocation))
+        found = once(label, partial(pruned, job, label, None, only, False, seed), show(job.allocation) + answered)
         where = {"block": found["weights"][0]["block"], **{key: found["recipe"][key] for key in ("method", "pattern")}}
         reached = {"sparsity": found["totals"]["sparsity"], "perplexity": found["evaluation"]["perplexity"]}
         document.setdefault("layers", []).append({"targets": only, **where, **reached})
     return document
-
-
-def jobs_of(methods: Sequence[str], patterns: Sequence[str], sparsities: Sequence[float], allocate: str) -> list[Job]:
-    """Read all combinations of methods, patterns and sparsities; a pattern that fixes its own sparsity is there once.
-
-    Raises:
-        GossamerError: there is none, or one that cannot be.
-    """
-    if not methods or not patterns:
-        raise GossamerError("compare wants at least one method and one pattern, several separated by ';'")
-    jobs: list[Job] = []
-    for pattern in patterns:
-        if not pattern_of(pattern).takes_sparsity:
-            jobs += [Job.of(method, pattern) for method in methods]
-        elif not sparsities:
-            raise GossamerError(f"the pattern {pattern} needs a sparsity, for example --sparsity 0.5")
-        else:
-            jobs += [Job.of(method, pattern, sparsity, allocate) for sparsity in sparsities for method in methods]
-    return list(dict.fromkeys(jobs))
 
 
 def _at(job: Job) -> str:

@@ -38,6 +38,9 @@ Allocate = Annotated[
     str, typer.Option(metavar="SPEC", help="uniform, erk, global_, owl, searched ...: `gossamer ls allocations`")
 ]
 
+TasksDir = Annotated[Path | None, typer.Option(help="a folder of lm-eval task files of your own")]
+Limit = Annotated[int | None, typer.Option(help="only so many examples of each task")]
+
 
 def speaker(quiet: bool) -> Any:
     return (lambda line: None) if quiet else (lambda line: err.print(line))
@@ -120,29 +123,37 @@ def number(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.2f}"
 
 
-def print_comparison(document: dict[str, Any]) -> None:
-    """Print a comparison as a table."""
-    dense, runs = (document["dense"] or {}).get("perplexity"), document["runs"]
-    timed = any(row.get("speed") for row in runs)
+def print_comparison(document: dict[str, Any], *, best_first: bool = False) -> None:
+    """Print a comparison as a table, in the order of its runs or the best of each pattern and sparsity first."""
+    from gossamer.ranking import ranked, rows_of
+
+    dense, rows = (document["dense"] or {}).get("perplexity"), (ranked if best_first else rows_of)(document)
+    answered = [task for task in (document["dense"] or {}).get("tasks") or {} if any(task in row["tasks"] for row in rows)]
+    timed = any(row["speed"] for row in rows)
     speed = ["tokens/s dense → packed", "×"] if timed else []
-    table = Table("method", "pattern", "sparsity", "perplexity", "× dense", "seconds", "MB dense → bitmask", *speed)
-    table.add_row(
-        "dense", "–", "0", number(dense), "1.00", "–", f"{document['model']['bytes'] / 1e6:.0f}", *("–" for _ in speed)
-    )
-    for row in runs:
-        found, total = (row["evaluation"] or {}).get("perplexity"), row["totals"]
-        rest = document["model"]["bytes"] - total["bytes_dense"]
+    table = Table("method", "pattern", "sparsity", "perplexity", "× dense", *answered, "seconds", "MB dense → bitmask", *speed)
+    right = [_accuracy(document["dense"]["tasks"][task].get("acc")) for task in answered]
+    size = document["model"]["bytes"]
+    table.add_row("dense", "–", "0", number(dense), "1.00", *right, "–", f"{size / 1e6:.0f}", *("–" for _ in speed))
+    for row in rows:
+        found, packed = row["perplexity"], size - row["bytes_dense"] + row["bytes_bitmask"]
+        spread = "" if row["spread"] is None else f" ± {row['spread'] / 2:.2f}"
         table.add_row(
-            " → ".join(filter(None, [row["recipe"].get("pruned_by"), row["recipe"]["method"]])),
-            row["recipe"]["pattern"] or "–",
-            f"{total['sparsity']:.4f}",
-            number(found) if row["evaluation"] else "–",
+            row["method"],
+            row["pattern"] or "–",
+            f"{row['sparsity']:.4f}",
+            number(found) + spread if row["evaluated"] else "–",
             "–" if not (found and dense) else f"{found / dense:.2f}",
-            f"{row['seconds']['total']:.1f}",
-            f"{document['model']['bytes'] / 1e6:.0f} → {(rest + total['bytes_bitmask']) / 1e6:.0f}",
-            *(_rates(row.get("speed")) if timed else []),
+            *(_accuracy(row["tasks"].get(task)) for task in answered),
+            f"{row['seconds']:.1f}",
+            f"{size / 1e6:.0f} → {packed / 1e6:.0f}",
+            *(_rates(row["speed"]) if timed else []),
         )
     show(table)
+
+
+def _accuracy(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def _rates(speed: dict[str, Any] | None) -> list[str]:

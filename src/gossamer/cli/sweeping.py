@@ -57,9 +57,9 @@ def sweep(
     quiet: Quiet = False,
 ) -> None:
     """Prune at every sparsity of a grid, find where quality breaks, and which weight breaks it. Goes on where it stopped."""
-    from gossamer.compare import jobs_of
     from gossamer.core.pattern import check_sparsity
     from gossamer.models import resolve
+    from gossamer.sites._jobs import jobs_of
     from gossamer.sweeping import expanded
     from gossamer.sweeping import sweep as run
 

@@ -128,6 +128,19 @@ def test_many_inputs_find_the_weight_to_the_bit(op: str) -> None:
                 assert torch.equal(y.T, weight.dense())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_tiled_product_with_the_inputs_of_a_prompt(dtype: torch.dtype) -> None:
+    """A Hopper GPU has a kernel for them, of tiles of 256 inputs and 128 rows, with sums in parts where there are few tiles."""
+    for case in (*cases("tiled"), *MORE["tiled"], LARGE["tiled"], Case(129, 4352, sparsity=0.0), Case(1000, 700, sparsity=0.9)):
+        weight = there(packed("tiled", case, dtype))
+        for batch in (33, 64, 65, 255, 256, 300, 512):
+            x = inputs(batch, case.columns, dtype).to(GPU)
+            with poisoned():
+                y = weight.linear(x, "triton")
+            check(y, x, weight.dense())
+            assert torch.equal(y, weight.linear(x, "triton"))
+
+
 @pytest.mark.parametrize("op", FORMATS)
 def test_inputs_and_weights_may_differ_in_dtype(op: str) -> None:
     for dtype in DTYPES:

@@ -9,13 +9,38 @@ many bits the next entry is away from the word's first.
 import triton
 import triton.language as tl
 
+
 # Level by level all lanes have a word, until the first lane has no more; from there on, lanes that have one stand side by side.
-_FILL = tl.constexpr("""{
-.reg .pred p, q;
-.reg .b32 all, most, level, to, active, below;
+# Several such levels at a time take longer code and less time: what they need of each other is little.
+@triton.constexpr_function
+def _fill(together):
+    names = ", ".join(f"{name}{j}" for j in range(together) for name in ("active", "below"))
+    votes = "".join(
+        f"""add.u32 below{j}, level, {j};
+setp.lt.u32 q{j}, below{j}, $3;
+vote.sync.ballot.b32 active{j}, q{j}, -1;
+and.b32 below{j}, active{j}, less;
+popc.b32 below{j}, below{j};
+popc.b32 active{j}, active{j};
+"""
+        for j in range(together)
+    )
+    copies = "".join(
+        f"""mul.wide.u32 step, below{j}, 4;
+add.u64 step, from, step;
+@q{j} cp.async.ca.shared.global [to + {128 * j}], [step], 4;
+mul.wide.u32 step, active{j}, 4;
+add.u64 from, from, step;
+"""
+        for j in range(together)
+    )
+    return f"""{{
+.reg .pred p, {", ".join(f"q{j}" for j in range(together))};
+.reg .b32 all, most, level, to, less, {names};
 .reg .b64 from, step;
 redux.sync.min.u32 all, $3, -1;
 redux.sync.max.u32 most, $3, -1;
+mov.u32 less, %lanemask_lt;
 mov.u32 level, 4;
 mov.u32 to, $1;
 mul.wide.u32 step, $4, 4;
@@ -37,23 +62,14 @@ sub.u64 from, from, step;
 SOME:
 setp.ge.u32 p, level, most;
 @p bra DONE;
-setp.lt.u32 q, level, $3;
-vote.sync.ballot.b32 active, q, -1;
-mov.u32 below, %lanemask_lt;
-and.b32 below, below, active;
-popc.b32 below, below;
-mul.wide.u32 step, below, 4;
-add.u64 step, from, step;
-@q cp.async.ca.shared.global [to], [step], 4;
-popc.b32 active, active;
-mul.wide.u32 step, active, 4;
-add.u64 from, from, step;
-add.u32 to, to, 128;
-add.u32 level, level, 1;
+{votes}{copies}add.u32 to, to, {128 * together};
+add.u32 level, level, {together};
 bra SOME;
 DONE:
 mov.u32 $0, 0;
-}""")
+}}"""
+
+
 _PUT = tl.constexpr("st.shared.b32 [$1], $2; bar.warp.sync -1; mov.u32 $0, 0;")
 _LOAD = tl.constexpr("ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];")
 # The lane's next four entries are shifted to the front of two words; the table says, for each four bits of a mask, which of
@@ -127,9 +143,9 @@ def column(LEVELS: tl.constexpr, WARPS: tl.constexpr):
 
 
 @triton.jit
-def fill(place, source, words, lane):
+def fill(place, source, words, lane, TOGETHER: tl.constexpr = 1):
     """Begin to copy a block's words, which lie from an address on, to the columns of a warp; words says how many a lane has."""
-    tl.inline_asm_elementwise(_FILL, "=&r,r,l,r,r", [place, source, words, lane], tl.int32, is_pure=False, pack=1)
+    tl.inline_asm_elementwise(_fill(TOGETHER), "=&r,r,l,r,r", [place, source, words, lane], tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit

@@ -5,6 +5,7 @@ multiply at once. No lane waits for another, memory is read once, in whole lines
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import triton
@@ -22,6 +23,7 @@ WARPS32 = 2  # where entries are of 32 bits: columns are twice as deep, and the 
 STEPS = tl.constexpr(layout.COLUMNS // 32)
 RESIDENT = 7  # programs that a multiprocessor runs at a time
 REGISTERS = 72  # of a thread, so that it can
+SOME, MOST = 32, 512  # more inputs than these, and up to these, are multiplied by `_prompt`, where it runs: measured
 
 
 def product(x: Tensor, values: Tensor, bits: Tensor, begins: Tensor, levels: int, shape: Sequence[int]) -> Tensor:
@@ -33,6 +35,10 @@ def product(x: Tensor, values: Tensor, bits: Tensor, begins: Tensor, levels: int
     levels = -(-levels // 4) * 4  # few different ones, each of which is compiled
     with torch.cuda.device(x.device):
         half = values.itemsize == 2
+        if SOME < len(x) <= MOST and x.dtype == values.dtype and half and _has_prompt(x.device):
+            from gossamer.kernels.tiled import _prompt
+
+            return _prompt.product(x, values, bits, begins, levels, out)
         warps = WARPS.value if half else WARPS32
         # All programs run at a time: another few, after the others, would take as long as these.
         count = max(1, min(-(-across // warps), RESIDENT * multiprocessors(x.device) // down))
@@ -53,6 +59,13 @@ def product(x: Tensor, values: Tensor, bits: Tensor, begins: Tensor, levels: int
             num_warps=warps, maxnreg=REGISTERS if few else None,
         )  # fmt: skip
         return added(y, x.dtype)
+
+
+@cache
+def _has_prompt(device: torch.device) -> bool:
+    """Return whether the GPU has the products that `_prompt` is made of, and Triton the language it is written in."""
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return torch.cuda.get_device_capability(device)[0] == 9 and version >= (3, 6)
 
 
 @triton.jit

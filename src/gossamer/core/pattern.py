@@ -108,7 +108,10 @@ def largest(scores: Tensor, k: int) -> Tensor:
         return torch.ones_like(scores, dtype=torch.bool)
     if k <= 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    threshold = scores.kthvalue(n - k + 1, dim=-1, keepdim=True).values
+    if scores.is_cuda:  # kthvalue takes a row to one multiprocessor: 3.7 ms for 885,000 entries, topk 0.12 (H100)
+        threshold = scores.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    else:
+        threshold = scores.kthvalue(n - k + 1, dim=-1, keepdim=True).values
     mask = scores >= threshold
     if int(mask.count_nonzero()) == mask.numel() // n * k:  # no ties at the threshold: the usual case
         return mask

@@ -45,13 +45,19 @@ def products() -> Iterator[Product]:
         for pattern in ("4x1", "16x16", "32x32") if large else ():
             for batch in (1, 16):
                 yield Product(out, wide, "bfloat16", batch, "Block", pattern, 0.5)
-    for batch in (512, 2048, 4096):  # a prompt
+
+
+def prompts() -> Iterator[Product]:
+    """Yield the products with more inputs, in which a weight may be made dense first."""
+    for out, wide in LARGE:
+        for sparsity in (0.5, 0.7, 0.9):
+            for batch in (64, 128, 256, 512, 1024, 2048, 4096) if (out, wide) == LARGE[0] else (128, 512):
+                yield Product(out, wide, "bfloat16", batch, "Tiled", "Unstructured", sparsity)
+    for batch in (512, 2048, 4096):
         for layout, pattern, sparsity in (
             ("Sliced", "Unstructured", 0.5),
             ("Sliced", "Unstructured", 0.7),
             ("Bitmask", "Unstructured", 0.5),
-            ("Tiled", "Unstructured", 0.5),
-            ("Tiled", "Unstructured", 0.7),
             ("NM", "2:4", 0.5),
             ("Block", "16x16", 0.5),
         ):
@@ -133,6 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", required=True, type=Path)
     parser.add_argument("--ours", action="store_true", help="leave torch's own sparse products out")
+    parser.add_argument("--prompts", action="store_true", help="only the products with many inputs")
     args = parser.parse_args()
     torch.manual_seed(0)
     known: dict[tuple[int, int, int], float] = {}
@@ -153,7 +160,7 @@ def main() -> None:
         start = "| {out}×{in} | {pattern} | {sparsity:.0%} | {batch} | {format} | {dense_us:.1f} | {sparse_us:.1f} |"
         print((start + " {ratio:.2f} | {at_most:.2f} | {tb_per_s:.2f} |").format(**found), flush=True)
 
-    for product in products():
+    for product in prompts() if args.prompts else (*products(), *prompts()):
         try:
             found = measure(product, GPU)
         except GossamerError as error:
@@ -163,7 +170,7 @@ def main() -> None:
             raise SystemExit(1) from None
         note(row(product, dense(product.out, product.in_, product.batch), found["seconds"], found["bytes"]))
     try:
-        for found in () if args.ours else of_torch(dense):
+        for found in () if args.ours or args.prompts else of_torch(dense):
             note(found)
     except (RuntimeError, NotImplementedError) as error:  # torch's own need libraries that are not everywhere
         print(f"\ntorch's own sparse products end here: {str(error).splitlines()[0]}")

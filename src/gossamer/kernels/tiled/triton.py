@@ -23,7 +23,7 @@ WARPS32 = 2  # where entries are of 32 bits: columns are twice as deep, and the 
 STEPS = tl.constexpr(layout.COLUMNS // 32)
 RESIDENT = 7  # programs that a multiprocessor runs at a time
 REGISTERS = 72  # of a thread, so that it can
-SOME, MOST = 32, 512  # more inputs than these, and up to these, are multiplied by `_prompt`, where it runs: measured
+MOST = 512  # inputs that `_prompt` multiplies, where it runs; for more, making the weight dense first is faster
 
 
 def product(x: Tensor, values: Tensor, bits: Tensor, begins: Tensor, levels: int, shape: Sequence[int]) -> Tensor:
@@ -35,7 +35,7 @@ def product(x: Tensor, values: Tensor, bits: Tensor, begins: Tensor, levels: int
     levels = -(-levels // 4) * 4  # few different ones, each of which is compiled
     with torch.cuda.device(x.device):
         half = values.itemsize == 2
-        if SOME < len(x) <= MOST and x.dtype == values.dtype and half and _has_prompt(x.device):
+        if FEW < len(x) <= MOST and x.dtype == values.dtype and half and _has_prompt(x.device):
             from gossamer.kernels.tiled import _prompt
 
             return _prompt.product(x, values, bits, begins, levels, out)

@@ -7,18 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from gossamer import scores, solvers
+from gossamer import formats, scores, solvers
 from gossamer.core import allocate as allocations
 from gossamer.core import pattern as patterns
 from gossamer.core.errors import GossamerError
+from gossamer.core.format import Format
 from gossamer.core.pattern import Pattern, Unstructured, not_finite
 from gossamer.core.score import Score
-from gossamer.core.solver import Solver
+from gossamer.core.solver import Factorizer, Factors, Solver
 from gossamer.core.spec import names_in, parse, show
 from gossamer.core.stats import INPUTS, Stats
-from gossamer.sites._rows import row, told
+from gossamer.sites._rows import row, told, wrapped
 from gossamer.sites._walk import Target, targets
 
 METHODS = {**names_in(scores), **names_in(solvers)}
@@ -30,7 +32,7 @@ ALLOCATIONS = names_in(allocations)
 class Job:
     """What to do to each weight: the method, the pattern and the sparsity, read and checked before anything is touched."""
 
-    solver: Solver
+    solver: Solver | Factorizer
     pattern: Pattern
     sparsity: float | None
     allocation: Any
@@ -38,7 +40,7 @@ class Job:
     @classmethod
     def of(
         cls,
-        method: str | Score | Solver,
+        method: str | Score | Solver | Factorizer,
         pattern: str | Pattern,
         sparsity: float | None = None,
         allocate: Any = "uniform",
@@ -50,8 +52,8 @@ class Job:
         """
         chosen = parse(method, METHODS, "method") if isinstance(method, str) else method
         solver = solvers.Mask(chosen) if isinstance(chosen, Score) else chosen
-        if not isinstance(solver, Solver):
-            raise GossamerError(f"{method!r} is no method: it wants a Score or a Solver")
+        if not isinstance(solver, Solver | Factorizer):
+            raise GossamerError(f"{method!r} is no method: it wants a Score, a Solver or a Factorizer")
         shape = pattern_of(pattern)
         if not isinstance(shape, solver.patterns):
             known = ", ".join(p.__name__ for p in solver.patterns)
@@ -85,20 +87,43 @@ class Job:
         """Whether calibration windows are wanted at all."""
         return bool(self.gather) or "wanda" in self.allocation_needs
 
-    def prune(self, target: Target, stats: Sequence[Stats], sparsity: float | None) -> dict[str, Any]:
-        """Prune one weight in place and return its row of the report."""
+    @property
+    def factorizes(self) -> bool:
+        """Whether a product comes in each weight's place: a `SparseLinear` that holds a `Wrapped`."""
+        return isinstance(self.solver, Factorizer)
+
+    def check(self, target: Target) -> None:
+        """Raise unless the weight can be pruned so."""
+        shape = target.matrices().shape[1:]
+        self.pattern.check(shape, target.name)
+        if isinstance(self.solver, Factorizer):
+            if target.stacked or target.block is None:
+                kind = "a stack of experts" if target.stacked else "outside the blocks"
+                told = "puts a product in the place of a linear inside the blocks"
+                raise GossamerError(f"{show_method(self.solver)} {told}, and {target.name} is {kind}: leave it out of targets=")
+            self.solver.check((shape[0], shape[1]), self.pattern, target.name)
+
+    def prune(self, target: Target, stats: Sequence[Stats], sparsity: float | None) -> tuple[dict[str, Any], Format | None]:
+        """Prune one weight in place; return its row of the report, and what is to stand in its place if the method factorizes."""
         started = time.perf_counter()
         check_finite(target)
         matrices = target.matrices()
+        packed = None
         for matrix, known in zip(matrices, stats, strict=True):
             try:
-                weights, _ = self.solver(matrix, known, self.pattern, sparsity)
+                found = self.solver(matrix, known, self.pattern, sparsity)
+                if isinstance(found, Factors):
+                    packed = _wrapped(found, self.pattern, matrix.dtype)
+                weights = packed.dense() if packed else found[0]
             except (GossamerError, ArithmeticError) as error:
                 raise GossamerError(f"{target.name}: {error}") from error
             if not_finite(weights):
                 raise GossamerError(f"{target.name}: {show_method(self.solver)} gave weights that are NaN or infinite")
             matrix.copy_(weights)
-        return {**row(target), **told(stats), "seconds": time.perf_counter() - started}
+        found_row = {**row(target), **told(stats)}
+        if packed is not None:
+            found_row |= wrapped(target, packed)
+        return {**found_row, "seconds": time.perf_counter() - started}, packed
 
 
 def select_targets(model: nn.Module, job: Job, expression: str | None, *, weightless: bool = False) -> list[Target]:
@@ -114,7 +139,7 @@ def select_targets(model: nn.Module, job: Job, expression: str | None, *, weight
     if offloaded and not weightless:
         raise GossamerError(f"{len(offloaded)} weights are offloaded ({offloaded[0]} ...); `gossamer prune DIR` streams them")
     for target in chosen:
-        job.pattern.check(target.matrices().shape[1:], target.name)
+        job.check(target)
     return chosen
 
 
@@ -143,7 +168,7 @@ def check_finite(target: Target) -> None:
         raise GossamerError(f"{target.name}: {bad} of {target.parameter.numel()} weights are NaN or infinite")
 
 
-def show_method(solver: Solver) -> str:
+def show_method(solver: Solver | Factorizer) -> str:
     """Write a method as users name it: a bare score for `Mask`."""
     return repr(solver.score) if isinstance(solver, solvers.Mask) else repr(solver)
 
@@ -166,6 +191,11 @@ def command_of(model: str, recipe: Mapping[str, Any], out: str) -> str:
     options = ("targets", "data", "seqlen", "samples", "sample", "seed")
     words += [word for option in options if recipe.get(option) is not None for word in (f"--{option}", str(recipe[option]))]
     return shlex.join([*words, "--out", out])
+
+
+def _wrapped(factors: Factors, pattern: Pattern, dtype: torch.dtype) -> formats.Wrapped:
+    core = formats.NM.pack(factors.core.to(dtype), factors.core != 0, pattern)
+    return formats.Wrapped.of(factors.left.to(dtype), core, factors.right.to(dtype))
 
 
 def _allocation(allocate: Any) -> Any:

@@ -86,14 +86,16 @@ class ARMOR(Factorizer):
         target, core, keep = _blocks(unit * size, d), _blocks(unit * mask, d), _blocks(mask, d)
         left = torch.eye(d, device=w.device).repeat(len(target), 1, 1)
         right = torch.diag_embed(size.view(-1, d))
-        start = loss = (target - core @ right).square().sum()
+        rest = target - core @ right
+        start = loss = rest.square().sum()
         best = left, core, right
         for _ in range(self.steps):
-            left = left + _fit_left(target, left, core, right)
-            right = right + _fit_right(target, left, core, right)
-            core = core + _fit_core(target, left, core, right, keep, self.inner)
-            core, keep = _swap(target, left, core, right, keep, pattern)
-            now = (target - _product(left, core, right)).square().sum()
+            left, rest = _fit_left(rest, left, core, right)
+            right, rest = _fit_right(rest, left, core, right)
+            core, slope = _fit_core(rest, left, core, right, keep, self.inner)
+            core, keep = _swap(slope, left, core, right, keep, pattern)
+            rest = target - left[:, None] @ (core @ right)
+            now = rest.square().sum()
             if not now < loss:  # at the precision of float32
                 break
             loss, best = now, (left, core, right)
@@ -111,10 +113,6 @@ def _blocks(matrix: Tensor, d: int) -> Tensor:
     return matrix.unflatten(1, (-1, d)).unflatten(0, (-1, d)).transpose(1, 2).contiguous()
 
 
-def _product(left: Tensor, core: Tensor, right: Tensor) -> Tensor:
-    return left[:, None] @ core @ right
-
-
 def _solve(h: Tensor, g: Tensor) -> Tensor:
     """Return H⁻¹ G for each pair of a batch, H positive semidefinite and a little damped."""
     mean = h.diagonal(dim1=1, dim2=2).mean(1)
@@ -122,77 +120,83 @@ def _solve(h: Tensor, g: Tensor) -> Tensor:
     return torch.linalg.solve(h, g)
 
 
-def _fit_left(target: Tensor, left: Tensor, core: Tensor, right: Tensor) -> Tensor:
-    """How far A moves to its optimum: R Yᵀ (Y Yᵀ)⁻¹ for each block of A, Y = S B, R what is left of the target."""
+def _fit_left(rest: Tensor, left: Tensor, core: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Move A to its optimum, by R Yᵀ (Y Yᵀ)⁻¹ for each of its blocks, Y = S B; return it and what is left of the target, R."""
     y = core @ right
-    rest = target - left[:, None] @ y
-    h, g = (y @ y.mT).sum(1), (y @ rest.mT).sum(1)
-    return _solve(h, g).mT
+    move = _solve((y @ y.mT).sum(1), (y @ rest.mT).sum(1)).mT
+    return left + move, rest - move[:, None] @ y
 
 
-def _fit_right(target: Tensor, left: Tensor, core: Tensor, right: Tensor) -> Tensor:
-    """How far B moves to its optimum: (Zᵀ Z)⁻¹ Zᵀ R for each block of B, Z = A S."""
+def _fit_right(rest: Tensor, left: Tensor, core: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Move B to its optimum, by (Zᵀ Z)⁻¹ Zᵀ R for each of its blocks, Z = A S; return it and what is left."""
     z = left[:, None] @ core
-    rest = target - z @ right
-    return _solve((z.mT @ z).sum(0), (z.mT @ rest).sum(0))
+    move = _solve((z.mT @ z).sum(0), (z.mT @ rest).sum(0))
+    return right + move, rest - z @ move
 
 
-def _fit_core(target: Tensor, left: Tensor, core: Tensor, right: Tensor, keep: Tensor, steps: int) -> Tensor:
-    """How far S moves: conjugate gradients for Aᵀ A Δ B Bᵀ = Aᵀ R Bᵀ on what is kept, a system for each block of the core."""
+def _fit_core(rest: Tensor, left: Tensor, core: Tensor, right: Tensor, keep: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Move S on what is kept, by conjugate gradients on Aᵀ A Δ B Bᵀ = Aᵀ R Bᵀ, a system for each of its blocks.
+
+    Return it and the slope there, Aᵀ R Bᵀ, of what is kept and what is not.
+    """
     p, k = (left.mT @ left)[:, None], right @ right.mT
-    scale = p.diagonal(dim1=2, dim2=3)[..., None] * k.diagonal(dim1=1, dim2=2)[:, None, :]  # of the diagonal
-    scale = scale.clamp_min(torch.finfo(scale.dtype).tiny)
-    rest = (left.mT[:, None] @ (target - _product(left, core, right)) @ right.mT) * keep
-    move, z = torch.zeros_like(core), rest / scale
-    way, size = z, _dot(rest, z)
+    least = torch.finfo(core.dtype).tiny
+    scale = keep / (p.diagonal(dim1=2, dim2=3)[..., None] * k.diagonal(dim1=1, dim2=2)[:, None, :]).clamp_min(least)
+    slope = left.mT[:, None] @ (rest @ right.mT)
+    way = slope * scale
+    size = _dot(slope, way)
     for _ in range(steps):
-        pushed = (p @ way @ k) * keep
-        step = size / _dot(way, pushed).clamp_min(torch.finfo(size.dtype).tiny)
-        move, rest = move + step * way, rest - step * pushed
-        z = rest / scale
-        before, size = size, _dot(rest, z)
-        way = z + size / before.clamp_min(torch.finfo(size.dtype).tiny) * way
-    return move
+        pushed = p @ (way @ k)
+        step = size / _dot(way, pushed).clamp_min(least)
+        core, slope = torch.addcmul(core, step, way), torch.addcmul(slope, step, pushed, value=-1)
+        better = slope * scale
+        before, size = size, _dot(slope, better)
+        way = torch.addcmul(better, size / before.clamp_min(least), way)
+    return core, slope
 
 
-def _swap(target: Tensor, left: Tensor, core: Tensor, right: Tensor, keep: Tensor, pattern: NM) -> tuple[Tensor, Tensor]:
-    """Give groups of the core the mask and values that lower the loss most, where it falls; return S and M."""
-    d, n, m = core.shape[-1], pattern.n, pattern.m
+def _swap(slope: Tensor, left: Tensor, core: Tensor, right: Tensor, keep: Tensor, pattern: NM) -> tuple[Tensor, Tensor]:
+    """Give groups of the core the mask and values that lower the loss most, where it falls; return S and M.
+
+    With all else as it is, the loss of a group s in row r is p_rr (s K sᵀ − 2 s uᵀ) + constant, p = Aᵀ A, K its part of B Bᵀ and
+    u = s₀ K + slope / p_rr. The least-squares values of a mask are u (its part of K)⁻¹ with loss − u (...)⁻¹ uᵀ.
+    """
+    n, m = pattern.n, pattern.m
     p, k = left.mT @ left, right @ right.mT
-    slope = left.mT[:, None] @ (target - _product(left, core, right)) @ right.mT
-    within = k.unflatten(1, (-1, m)).unflatten(3, (-1, m)).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)  # m x m, of each group
-    alone = p.diagonal(dim1=1, dim2=2)[:, None, :, None, None].clamp_min(torch.finfo(p.dtype).tiny)
-    groups = core.unflatten(3, (-1, m))  # (block of A, block of B, row, group, m)
-    pull = slope.unflatten(3, (-1, m)) / alone + torch.einsum("abrgi,bgij->abrgj", groups, within)
-    # With all else as it is, a group's loss is, up to a constant, s K sᵀ − 2 s pull: at a mask's optimum, − s pull.
-    values, masks = torch.zeros_like(groups), torch.zeros_like(groups, dtype=torch.bool)
-    gains = torch.full(groups.shape[:-1], -torch.inf, device=core.device)
-    for kept in itertools.combinations(range(m), n):
-        at = torch.tensor(kept, device=core.device)
-        h = within[:, :, at[:, None], at].flatten(0, 1)
-        inverse = _solve(h, torch.eye(n, device=h.device).expand_as(h)).unflatten(0, within.shape[:2])
-        part = pull[..., at]
-        found = torch.einsum("abrgi,bgij->abrgj", part, inverse)
-        gain = (found * part).sum(-1)
-        better = gain > gains
-        gains = torch.where(better, gain, gains)
-        values = torch.where(better[..., None], torch.zeros_like(values).index_copy_(-1, at, found), values)
-        masks = torch.where(better[..., None], torch.zeros_like(masks[0, 0, 0, 0]).index_fill_(0, at, True), masks)
-    now = (groups * (2 * pull - torch.einsum("abrgi,bgij->abrgj", groups, within))).sum(-1)
-    gains = (gains - now) * alone[..., 0]
+    count, width, d, _ = core.shape
+    each = k.unflatten(1, (-1, m)).unflatten(3, (-1, m)).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)  # K: (B, group, m, m)
+    alone = p.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(p.dtype).tiny)[:, None, :, None]
+    # Groups in front, (B, group, block of A and row, m): a product with something of each group is then one of a batch.
+    now = core.unflatten(3, (-1, m)).permute(1, 3, 0, 2, 4).flatten(2, 3)
+    u = now @ each + (slope / alone).unflatten(3, (-1, m)).permute(1, 3, 0, 2, 4).flatten(2, 3)
+    masks = torch.tensor([[j in kept for j in range(m)] for kept in itertools.combinations(range(m), n)], device=core.device)
+    # (K restricted to a mask)⁻¹, zero elsewhere: (B, group, mask, m, m).
+    inside = masks[:, :, None] & masks[:, None, :]
+    some = torch.where(inside, each[:, :, None], torch.eye(m, device=core.device))
+    solved = _solve(some.flatten(0, 2), torch.eye(m, device=core.device).expand(some[..., 0, 0].numel(), m, m))
+    solved = solved.view_as(some) * inside
+    gains = torch.stack([((u @ solved[:, :, i]) * u).sum(-1) for i in range(len(masks))], -1)
+    gain, which = gains.max(-1)
+    gain = gain - (now * (2 * u - now @ each)).sum(-1)  # what the group has now
+    gain = gain.unflatten(2, (count, d)).permute(2, 0, 3, 1) * alone  # (block of A, B, row, group)
+    best, group = gain.max(-1)  # of each row
 
-    best = gains == gains.amax(-1, keepdim=True)  # of each row
-    single = best & (gains == gains.amax((-1, -2), keepdim=True))
-    single = single & (single.flatten(2).cumsum(-1).view_as(single) == 1)  # the first of equal ones
-    done = torch.zeros_like(gains[..., 0, 0], dtype=torch.bool)
-    for chosen in (best, single):
-        chosen = chosen & (gains > 0) & ~done[..., None, None]
-        change = torch.where(chosen[..., None], values - groups, 0.0).flatten(3)
-        falls = (change * (2 * slope - p[:, None] @ change @ k)).sum((-1, -2)) > 0
-        chosen = chosen & falls[..., None, None]
-        core = torch.where(chosen[..., None], values, core.unflatten(3, (-1, m))).flatten(3)
-        keep = torch.where(chosen[..., None], masks, keep.unflatten(3, (-1, m))).flatten(3)
-        done = done | falls
+    a, b, r = (torch.arange(size, device=core.device).view(shape) for size, shape in zip((count, width, d), ((-1, 1, 1), (-1, 1), (-1,)), strict=True))
+    at = b, group, a * d + r
+    chosen = which[at]
+    values = (u[at][..., None, :] @ solved[b, group, chosen])[..., 0, :]
+    columns = group[..., None] * m + torch.arange(m, device=core.device)
+    change = values - core.gather(3, columns)
+    first = torch.zeros_like(best, dtype=torch.bool).scatter_(2, best.argmax(-1, keepdim=True), True)
+    settled = torch.zeros_like(best[..., :1], dtype=torch.bool)
+    for rows in (best > 0, (best > 0) & first):  # of all rows at once, or else of one
+        rows = rows & ~settled
+        delta = torch.zeros_like(core).scatter_(3, columns, change * rows[..., None])
+        falls = (_dot(delta, 2 * slope - p[:, None] @ (delta @ k)) > 0)[..., 0]
+        rows = rows & falls
+        core = core.scatter(3, columns, torch.where(rows[..., None], values, core.gather(3, columns)))
+        keep = keep.scatter(3, columns, torch.where(rows[..., None], masks[chosen], keep.gather(3, columns)))
+        settled = settled | falls
     return core, keep
 
 

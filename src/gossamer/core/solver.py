@@ -1,4 +1,4 @@
-"""Solver: chooses the mask and repairs the weights that stay. Factorizer: puts a product with a sparse factor in their place."""
+"""Solver: chooses the mask and repairs the weights that stay. Factorizer: puts a product with a sparse factor there."""
 
 from abc import ABC, abstractmethod
 from typing import ClassVar, Literal, NamedTuple
@@ -42,7 +42,7 @@ class Factors(NamedTuple):
 
 
 class Factorizer(ABC):
-    """A method whose result is no masked weight but a product, which stands in the weight's place. Subclasses are `spec` classes.
+    """A method whose result is no masked weight but a product in the weight's place. Subclasses are `spec` classes.
 
     Attributes:
         needs, per, patterns: as a `Solver`'s; the pattern is the core's.

@@ -48,7 +48,7 @@ class Wrapped(Format):
     @classmethod
     def pack(cls, dense: Tensor, mask: Tensor | None = None, pattern: Pattern | None = None) -> Self:
         raise GossamerError(
-            "the format Wrapped holds factors, which no matrix tells: they come of pruning with a method that factorizes (ARMOR)"
+            "the format Wrapped holds factors, which no matrix tells: they come of pruning by a method that factorizes (ARMOR)"
         )
 
     @classmethod

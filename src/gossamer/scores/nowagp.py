@@ -28,6 +28,7 @@ class NoWagP(Score):
 
     def __call__(self, x: Tensor, stats: Stats) -> Tensor:
         w, least = x.float(), torch.finfo(torch.float32).tiny
-        w = w / w.norm(dim=0).clamp_min(least)
-        w = w / w.norm(dim=1, keepdim=True).clamp_min(least)
-        return (w * stats.norm).square()
+        w = w / torch.linalg.vector_norm(w, dim=0).clamp_min(least)
+        w = w / torch.linalg.vector_norm(w, dim=1, keepdim=True).clamp_min(least)
+        found: Tensor = (w * stats.norm).square()
+        return found

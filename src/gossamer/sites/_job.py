@@ -104,7 +104,7 @@ class Job:
             self.solver.check((shape[0], shape[1]), self.pattern, target.name)
 
     def prune(self, target: Target, stats: Sequence[Stats], sparsity: float | None) -> tuple[dict[str, Any], Format | None]:
-        """Prune one weight in place; return its row of the report, and what is to stand in its place if the method factorizes."""
+        """Prune one weight in place; return its row of the report, and of a method that factorizes the product."""
         started = time.perf_counter()
         check_finite(target)
         matrices = target.matrices()

@@ -70,9 +70,7 @@ def write_packed(model: Any, folder: Path) -> None:
             model.generation_config.save_pretrained(folder)
 
 
-def with_products(
-    state: dict[str, Tensor], products: Mapping[Target, Format], model: str
-) -> tuple[dict[str, Tensor], Packed]:
+def with_products(state: dict[str, Tensor], products: Mapping[Target, Format], model: str) -> tuple[dict[str, Tensor], Packed]:
     """Return a block's tensors, by their names in files, with those of products in place of weights; and what a config says.
 
     Raises:

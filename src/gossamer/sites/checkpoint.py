@@ -99,6 +99,7 @@ def prune_checkpoint(
         if "grads" in job.gather:  # these come through the pruned blocks before, which are not read back: start over
             run.state |= {"done": 0, "rows": []}
         rows = run.state["rows"]
+        products: dict[Target, Format] = {}  # of the block in hand
         before = run.start()
 
         with bar(len(chosen), f"{show_method(job.solver)} {job.pattern}", progress) as shown:
@@ -116,7 +117,7 @@ def prune_checkpoint(
                         products[target] = product
                     shown.update()
 
-                products: dict[Target, Format] = {}
+                products.clear()
                 checkpoint.fetch(list_name, index)
                 if walk is not None:
                     walk.block(index, inside, visit)
@@ -157,8 +158,8 @@ def save(
 ) -> None:
     """Save a pruned model as an ordinary ``save_pretrained`` directory with a ``sparsity.json`` that counts its zeros.
 
-    Where a method that factorizes (`ARMOR`) has put products in the place of weights, these are multiplied out: the directory is
-    ordinary, dense, and has no zeros; ``packed=True`` keeps the factors.
+    Where a method that factorizes (`ARMOR`) has put products in the place of weights, these are multiplied out: the directory
+    is ordinary and dense, and these weights have no zeros; ``packed=True`` keeps the factors.
 
     Args:
         model: a transformers model.

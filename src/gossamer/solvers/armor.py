@@ -67,7 +67,9 @@ class ARMOR(Factorizer):
         if self.block % pattern.m:
             raise GossamerError(f"ARMOR(block={self.block}) wants a block that the groups of {pattern} divide")
         if shape[0] % self.block or shape[1] % self.block:
-            raise GossamerError(f"ARMOR(block={self.block}) wants sizes that the block divides; {name} is {shape[0]}x{shape[1]}")
+            raise GossamerError(
+                f"ARMOR(block={self.block}) wants sizes that its block divides; {name} is {shape[0]}x{shape[1]}"
+            )
 
     @torch.no_grad()
     def __call__(self, w: Tensor, stats: Stats, pattern: Pattern, sparsity: float | None) -> Factors:
@@ -75,8 +77,8 @@ class ARMOR(Factorizer):
         self.check((w.shape[0], w.shape[1]), pattern)
         least = torch.finfo(torch.float32).tiny
         exact = w.float()
-        columns = exact.norm(dim=0).clamp_min(least)
-        rows = (exact / columns).norm(dim=1).clamp_min(least)
+        columns = torch.linalg.vector_norm(exact, dim=0).clamp_min(least)
+        rows = torch.linalg.vector_norm(exact / columns, dim=1).clamp_min(least)
         unit = exact / columns / rows[:, None]
         mask = pattern.select((unit * stats.norm).square(), sparsity)
 
@@ -110,14 +112,16 @@ class ARMOR(Factorizer):
 
 def _blocks(matrix: Tensor, d: int) -> Tensor:
     """Return a matrix as (out / d, in / d, d, d)."""
-    return matrix.unflatten(1, (-1, d)).unflatten(0, (-1, d)).transpose(1, 2).contiguous()
+    rows, columns = matrix.shape
+    return matrix.view(rows // d, d, columns // d, d).transpose(1, 2).contiguous()
 
 
 def _solve(h: Tensor, g: Tensor) -> Tensor:
     """Return H⁻¹ G for each pair of a batch, H positive semidefinite and a little damped."""
     mean = h.diagonal(dim1=1, dim2=2).mean(1)
     h = h + (DAMP * mean + torch.finfo(h.dtype).tiny)[:, None, None] * torch.eye(h.shape[-1], device=h.device)
-    return torch.linalg.solve(h, g)
+    found: Tensor = torch.linalg.solve(h, g)
+    return found
 
 
 def _fit_left(rest: Tensor, left: Tensor, core: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,44 +162,43 @@ def _fit_core(rest: Tensor, left: Tensor, core: Tensor, right: Tensor, keep: Ten
 def _swap(slope: Tensor, left: Tensor, core: Tensor, right: Tensor, keep: Tensor, pattern: NM) -> tuple[Tensor, Tensor]:
     """Give groups of the core the mask and values that lower the loss most, where it falls; return S and M.
 
-    With all else as it is, the loss of a group s in row r is p_rr (s K sᵀ − 2 s uᵀ) + constant, p = Aᵀ A, K its part of B Bᵀ and
-    u = s₀ K + slope / p_rr. The least-squares values of a mask are u (its part of K)⁻¹ with loss − u (...)⁻¹ uᵀ.
+    With all else as it is, a group s of row r has the loss p_rr (s K sᵀ − 2 s uᵀ) and a constant: p = Aᵀ A, K is its part of
+    B Bᵀ, and u = s₀ K + slope / p_rr. At the best values for a mask, u K' with K' = (K on the mask)⁻¹, that is − p_rr u K' uᵀ.
     """
     n, m = pattern.n, pattern.m
     p, k = left.mT @ left, right @ right.mT
-    count, width, d, _ = core.shape
-    each = k.unflatten(1, (-1, m)).unflatten(3, (-1, m)).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)  # K: (B, group, m, m)
-    alone = p.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(p.dtype).tiny)[:, None, :, None]
-    # Groups in front, (B, group, block of A and row, m): a product with something of each group is then one of a batch.
-    now = core.unflatten(3, (-1, m)).permute(1, 3, 0, 2, 4).flatten(2, 3)
-    u = now @ each + (slope / alone).unflatten(3, (-1, m)).permute(1, 3, 0, 2, 4).flatten(2, 3)
-    masks = torch.tensor([[j in kept for j in range(m)] for kept in itertools.combinations(range(m), n)], device=core.device)
-    # (K restricted to a mask)⁻¹, zero elsewhere: (B, group, mask, m, m).
-    inside = masks[:, :, None] & masks[:, None, :]
-    some = torch.where(inside, each[:, :, None], torch.eye(m, device=core.device))
-    solved = _solve(some.flatten(0, 2), torch.eye(m, device=core.device).expand(some[..., 0, 0].numel(), m, m))
-    solved = solved.view_as(some) * inside
-    gains = torch.stack([((u @ solved[:, :, i]) * u).sum(-1) for i in range(len(masks))], -1)
-    gain, which = gains.max(-1)
-    gain = gain - (now * (2 * u - now @ each)).sum(-1)  # what the group has now
-    gain = gain.unflatten(2, (count, d)).permute(2, 0, 3, 1) * alone  # (block of A, B, row, group)
-    best, group = gain.max(-1)  # of each row
+    above, beside, d, _ = core.shape
 
-    a, b, r = (torch.arange(size, device=core.device).view(shape) for size, shape in zip((count, width, d), ((-1, 1, 1), (-1, 1), (-1,)), strict=True))
-    at = b, group, a * d + r
-    chosen = which[at]
-    values = (u[at][..., None, :] @ solved[b, group, chosen])[..., 0, :]
+    def grouped(x: Tensor) -> Tensor:
+        """By group: (block of B, group in it, block of A and row in it, m)."""
+        return x.view(above, beside, d, d // m, m).permute(1, 3, 0, 2, 4).flatten(2, 3)
+
+    each = k.view(beside, d // m, m, d // m, m).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)  # K
+    alone = p.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(p.dtype).tiny)[:, None, :, None]  # p_rr
+    now = grouped(core)
+    u = now @ each + grouped(slope / alone)
+    masks = torch.tensor([[j in kept for j in range(m)] for kept in itertools.combinations(range(m), n)], device=core.device)
+    inside, eye = masks[:, :, None] & masks[:, None, :], torch.eye(m, device=core.device)
+    some = torch.where(inside, each[:, :, None], eye)
+    solved = _solve(some.view(-1, m, m), eye.expand(some[..., 0, 0].numel(), m, m)).view_as(some) * inside  # K' of each mask
+    gain, which = torch.stack([((u @ solved[:, :, i]) * u).sum(-1) for i in range(len(masks))]).max(0)
+    gain = gain - (now * (2 * u - now @ each)).sum(-1)  # against what the group has now
+    best, group = (gain.view(beside, d // m, above, d).permute(2, 0, 3, 1) * alone).max(-1)  # of each row
+
+    a, b, row = torch.meshgrid(*(torch.arange(size, device=core.device) for size in (above, beside, d)), indexing="ij")
+    chosen = which[b, group, a * d + row]
+    values = (u[b, group, a * d + row][..., None, :] @ solved[b, group, chosen])[..., 0, :]
     columns = group[..., None] * m + torch.arange(m, device=core.device)
     change = values - core.gather(3, columns)
     first = torch.zeros_like(best, dtype=torch.bool).scatter_(2, best.argmax(-1, keepdim=True), True)
     settled = torch.zeros_like(best[..., :1], dtype=torch.bool)
-    for rows in (best > 0, (best > 0) & first):  # of all rows at once, or else of one
+    for rows in (best > 0, (best > 0) & first):  # those of all rows at once, or else the best of them
         rows = rows & ~settled
         delta = torch.zeros_like(core).scatter_(3, columns, change * rows[..., None])
         falls = (_dot(delta, 2 * slope - p[:, None] @ (delta @ k)) > 0)[..., 0]
-        rows = rows & falls
-        core = core.scatter(3, columns, torch.where(rows[..., None], values, core.gather(3, columns)))
-        keep = keep.scatter(3, columns, torch.where(rows[..., None], masks[chosen], keep.gather(3, columns)))
+        rows = (rows & falls)[..., None]
+        core = core.scatter(3, columns, torch.where(rows, values, core.gather(3, columns)))
+        keep = keep.scatter(3, columns, torch.where(rows, masks[chosen], keep.gather(3, columns)))
         settled = settled | falls
     return core, keep
 

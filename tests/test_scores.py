@@ -10,7 +10,7 @@ from gossamer import scores
 from gossamer.core.score import Score
 from gossamer.core.spec import names_in
 from gossamer.core.stats import INPUTS, Stats
-from gossamer.scores import RIA, Gradient, Magnitude, Random, Wanda
+from gossamer.scores import RIA, Gradient, Magnitude, NoWagP, Random, Wanda
 
 W = torch.tensor([[1.0, -2.0, 0.0], [-3.0, 0.5, 4.0]])
 X = torch.tensor([[3.0, 0.0, 1.0], [4.0, 0.0, -2.0], [0.0, 0.0, 2.0]])  # norms 5, 0, 3
@@ -30,6 +30,11 @@ def stats_of(x: Tensor = X, grad: Tensor | None = G, **kwargs: bool) -> Stats:
     [
         (Magnitude(), [[1.0, 2.0, 0.0], [3.0, 0.5, 4.0]]),
         (Wanda(), [[5.0, 0.0, 0.0], [15.0, 0.0, 12.0]]),
+        # columns √10, √4.25, 4; rows then √(0.1 + 4 / 4.25), √(0.9 + 0.25 / 4.25 + 1)
+        (
+            NoWagP(),
+            [[25 * 0.1 / (0.1 + 4 / 4.25), 0.0, 0.0], [25 * 0.9 / (1.9 + 0.25 / 4.25), 0.0, 9 / (1.9 + 0.25 / 4.25)]],
+        ),
         (Gradient(), [[0.5, 2.0, 0.0], [6.0, 0.0, 1.0]]),
         # columns sum to 4, 2.5, 4 and rows to 3, 7.5
         (RIA(power=1.0), [[5 * (1 / 4 + 1 / 3), 0.0, 0.0], [5 * (3 / 4 + 3 / 7.5), 0.0, 3 * (1 + 4 / 7.5)]]),

@@ -12,7 +12,7 @@ from gossamer.core.pattern import Unstructured
 from gossamer.core.score import Score
 from gossamer.core.spec import names_in
 from gossamer.core.stats import INPUTS, Stats
-from gossamer.scores import RIA, Gradient, GraSP, Magnitude, Random, Sampled, SynFlow, Wanda
+from gossamer.scores import RIA, Gradient, GraSP, Magnitude, NoWagP, Random, Sampled, SynFlow, Wanda
 
 W = torch.tensor([[1.0, -2.0, 0.0], [-3.0, 0.5, 4.0]])
 X = torch.tensor([[3.0, 0.0, 1.0], [4.0, 0.0, -2.0], [0.0, 0.0, 2.0]])  # norms 5, 0, 3
@@ -38,6 +38,11 @@ def made(name: str) -> Score:
     [
         (Magnitude(), [[1.0, 2.0, 0.0], [3.0, 0.5, 4.0]]),
         (Wanda(), [[5.0, 0.0, 0.0], [15.0, 0.0, 12.0]]),
+        # columns √10, √4.25, 4; rows then √(0.1 + 4 / 4.25), √(0.9 + 0.25 / 4.25 + 1)
+        (
+            NoWagP(),
+            [[25 * 0.1 / (0.1 + 4 / 4.25), 0.0, 0.0], [25 * 0.9 / (1.9 + 0.25 / 4.25), 0.0, 9 / (1.9 + 0.25 / 4.25)]],
+        ),
         (Gradient(), [[0.5, 2.0, 0.0], [6.0, 0.0, 1.0]]),
         (GraSP(), [[0.5, -2.0, 0.0], [-6.0, 0.0, 1.0]]),  # Hg here is |G|: a negative score is a weight better gone
         (SynFlow(), [[0.5, 2.0, 0.0], [6.0, 0.0, 1.0]]),

@@ -19,7 +19,7 @@ from gossamer.evaluate import check_ids, known_tasks, perplexity
 from gossamer.evaluate import tasks as measured_tasks
 from gossamer.models import causal_lm, check_directory, skeleton, tokenizer
 from gossamer.sites._job import Job, check_finite, command_of, select_targets, show_method
-from gossamer.sites._jobs import jobs_of
+from gossamer.sites._jobs import EVERY, jobs_of
 from gossamer.sites._rows import describe, peak_bytes, restart_peak
 from gossamer.sites._walk import targets as find_targets
 from gossamer.sites.checkpoint import save
@@ -95,8 +95,14 @@ def compare(
     structure = skeleton(source)
     check_ids(structure, ids)
     windows_of: list[Any] = [ids]
-    for job in jobs:
-        select_targets(structure, job, targets, weightless=True)
+    for job in list(jobs):
+        try:
+            select_targets(structure, job, targets, weightless=True)
+        except GossamerError as error:
+            if EVERY not in methods or show_method(job.solver) in methods:
+                raise
+            say(f"left out: {error}")
+            jobs.remove(job)
     for job, only in alone:
         select_targets(structure, job, only, weightless=True)
     if any(job.needs_data for job in [*jobs, *(job for job, _ in alone)]):

@@ -23,7 +23,8 @@ from gossamer.core.spec import names_in, parse
 from gossamer.kernels._choice import choose
 from gossamer.models import cache
 
-FORMATS: dict[str, type[Format]] = names_in(formats)
+# Those that a matrix can be packed in: a Wrapped weight comes as its factors.
+FORMATS: dict[str, type[Format]] = {name: layout for name, layout in names_in(formats).items() if layout is not formats.Wrapped}
 ROTATE_BYTES = {"cpu": 1 << 28, "cuda": 1 << 29}  # several times the largest cache: every call finds its weights in memory
 REPEATS = 30
 STEP = 0.05  # sparsities are rounded down to a multiple of this

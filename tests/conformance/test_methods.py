@@ -11,7 +11,7 @@ from torch import Tensor
 import gossamer
 from gossamer.core.pattern import Pattern
 from gossamer.core.score import Score
-from gossamer.core.solver import Solver
+from gossamer.core.solver import Factorizer, Solver
 from gossamer.core.spec import parse
 from gossamer.core.stats import Stats
 from gossamer.scores import Magnitude
@@ -32,10 +32,13 @@ STORED = {"2-D weight": "llama", "Conv1D, transposed": "gpt2", "stacked experts"
 ONE_BLOCK = {"llama": "num_hidden_layers", "gpt2": "n_layer", "mixtral": "num_hidden_layers"}
 SCORES = {name: cls for name, cls in METHODS.items() if issubclass(cls, Score)}
 SOLVERS = {name: cls for name, cls in METHODS.items() if issubclass(cls, Solver)}
+FACTORIZERS = {name: cls for name, cls in METHODS.items() if issubclass(cls, Factorizer)}
 
 
 def made(cls: type) -> Any:
     """Return an instance with its defaults; a method that wraps a score wraps the plainest."""
+    if issubclass(cls, Factorizer):
+        return cls(block=8)
     try:
         return cls()
     except TypeError:
@@ -45,6 +48,8 @@ def made(cls: type) -> Any:
 def cases() -> Iterator[Any]:
     for name, cls in METHODS.items():
         method = made(cls)
+        if isinstance(method, Factorizer):  # no masked weight: see below
+            continue
         for pattern_name, specs in EXAMPLES.items():
             fits = isinstance(method, Score) or issubclass(PATTERNS[pattern_name], method.patterns)
             for spec, sparsity in specs if fits else ():
@@ -171,6 +176,50 @@ def test_a_solver_gives_weights_and_their_bool_mask(name: str, dtype: torch.dtyp
             count = expected(pattern, (8, 16), sparsity)
             assert count is None or int(mask.sum()) == count
             assert torch.equal(w, before)
+
+
+@pytest.mark.parametrize("name", FACTORIZERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spec", [spec for spec, _ in EXAMPLES["NM"]])
+def test_a_factorizer_gives_a_core_under_the_pattern_and_blocks(name: str, dtype: torch.dtype, spec: str) -> None:
+    factorizer, pattern = made(FACTORIZERS[name]), parse(spec, PATTERNS, "pattern")
+    w, stats = layer(16, 24, dtype)
+    before = w.clone()
+    found = factorizer(w, stats, pattern, None)
+    assert found.core.shape == w.shape
+    assert (found.core.view(16, -1, pattern.m).count_nonzero(-1) == pattern.n).all()
+    for blocks, size in zip((found.left, found.right), w.shape, strict=True):
+        assert blocks.shape[0] * blocks.shape[1] == size
+        assert blocks.shape[1] == blocks.shape[2]
+    for tensor, again in zip(found, factorizer(w, stats, pattern, None), strict=True):
+        assert tensor.dtype is torch.float32
+        assert tensor.isfinite().all()
+        assert torch.equal(tensor, again)
+    assert torch.equal(w, before)
+
+
+@pytest.mark.parametrize("name", FACTORIZERS)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_factorizer_through_the_verb(name: str, family: str) -> None:
+    runs = []
+    for _ in range(2):
+        model = causal(family, **{ONE_BLOCK[family]: 1})
+        before = {target.name: target.matrices()[0].clone() for target in targets(model)}
+        others = {key: tensor.clone() for key, tensor in model.state_dict().items() if key not in before}
+        report = gossamer.prune(model, made(FACTORIZERS[name]), "2:4", data=ids(2, 24))
+        runs.append(model.state_dict())
+        assert report.totals["sparsity"] == 0.5
+        assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in others.items())
+        for row in report.weights:
+            layer = model.get_submodule(row["name"].removesuffix(".weight"))
+            assert layer.packed.bytes == row["bytes"]
+            assert int(layer.packed.core.dense().count_nonzero()) == row["nnz"] == math.prod(row["shape"]) // 2
+            dense, was = layer.packed.dense(), before[row["name"]]
+            assert dense.shape == was.shape
+            assert dense.count_nonzero() == dense.numel()
+            assert (dense - was).square().sum() < 0.5 * was.square().sum()
+    assert runs[0].keys() == runs[1].keys()
+    assert all(torch.equal(tensor, runs[1][key]) for key, tensor in runs[0].items())
 
 
 def without_arguments() -> list[str]:

@@ -53,18 +53,22 @@ class Report:
     def totals(self) -> dict[str, Any]:
         """Count over all pruned weights: entries, those not zero, the sparsity, and bytes dense and as a bitmask.
 
-        ``bytes_bitmask`` counts what the non-zero values plus one bit for each entry would take.
+        ``bytes_bitmask`` counts what the non-zero values plus one bit for each entry would take; of a weight that has become a
+        product (``format`` Wrapped), whose zeros are its core's, what the product takes.
         """
         size = sum(math.prod(w["shape"]) for w in self.weights)
         nnz = sum(w["nnz"] for w in self.weights)
         itemsize = self.model.get("itemsize", 4)
+        products = [w for w in self.weights if w.get("format") == "Wrapped"]
+        nnz_masked = nnz - sum(w["nnz"] for w in products)
+        size_masked = size - sum(math.prod(w["shape"]) for w in products)
         return {
             "weights": len(self.weights),
             "entries": size,
             "nnz": nnz,
             "sparsity": 1 - nnz / size if size else 0.0,
             "bytes_dense": size * itemsize,
-            "bytes_bitmask": nnz * itemsize + math.ceil(size / 8),
+            "bytes_bitmask": sum(w["bytes"] for w in products) + nnz_masked * itemsize + math.ceil(size_masked / 8),
         }
 
     def to_json(self) -> dict[str, Any]:

@@ -5,5 +5,6 @@ from gossamer.formats.block import Block
 from gossamer.formats.nm import NM
 from gossamer.formats.sliced import Sliced
 from gossamer.formats.tiled import Tiled
+from gossamer.formats.wrapped import Wrapped
 
-__all__ = ["NM", "Bitmask", "Block", "Sliced", "Tiled"]
+__all__ = ["NM", "Bitmask", "Block", "Sliced", "Tiled", "Wrapped"]

@@ -3,10 +3,11 @@
 from gossamer.scores.gradient import Gradient
 from gossamer.scores.grasp import GraSP
 from gossamer.scores.magnitude import Magnitude
+from gossamer.scores.nowagp import NoWagP
 from gossamer.scores.random import Random
 from gossamer.scores.ria import RIA
 from gossamer.scores.sampled import Sampled
 from gossamer.scores.synflow import SynFlow
 from gossamer.scores.wanda import Wanda
 
-__all__ = ["RIA", "GraSP", "Gradient", "Magnitude", "Random", "Sampled", "SynFlow", "Wanda"]
+__all__ = ["RIA", "GraSP", "Gradient", "Magnitude", "NoWagP", "Random", "Sampled", "SynFlow", "Wanda"]

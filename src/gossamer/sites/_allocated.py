@@ -83,7 +83,7 @@ def _errors(
                 gram = known.symmetric_gram()
                 size += _energy(w, gram)
                 for i, s in enumerate(grid):
-                    errors[i] += _energy(w.float() - job.solve(w, known, s).float(), gram) if s else 0.0
+                    errors[i] += _energy(w.float() - job.solve(w, known, s)[0].float(), gram) if s else 0.0
             found[target.name] = (errors / max(size, 1e-30)).tolist()
             shown.update()
 

@@ -7,18 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from gossamer import scores, solvers
+from gossamer import formats, scores, solvers
 from gossamer.core import allocate as allocations
 from gossamer.core import pattern as patterns
 from gossamer.core.errors import GossamerError
+from gossamer.core.format import Format
 from gossamer.core.pattern import Pattern, Unstructured, not_finite
 from gossamer.core.score import Score
-from gossamer.core.solver import Solver
+from gossamer.core.solver import Factorizer, Factors, Solver
 from gossamer.core.spec import names_in, parse, show
 from gossamer.core.stats import INPUTS, Stats
-from gossamer.sites._rows import row, told
+from gossamer.sites._rows import row, told, wrapped
 from gossamer.sites._walk import Target, targets
 
 METHODS = {**names_in(scores), **names_in(solvers)}
@@ -32,7 +34,7 @@ DATA_FREE = frozenset({"synflow", "weights", "scores", "wanda"})  # needs for wh
 class Job:
     """What to do to each weight: the method, the pattern and the sparsity, read and checked before anything is touched."""
 
-    solver: Solver
+    solver: Solver | Factorizer
     pattern: Pattern
     sparsity: float | None
     allocation: Any
@@ -40,7 +42,7 @@ class Job:
     @classmethod
     def of(
         cls,
-        method: str | Score | Solver,
+        method: str | Score | Solver | Factorizer,
         pattern: str | Pattern,
         sparsity: float | None = None,
         allocate: Any = "uniform",
@@ -52,8 +54,8 @@ class Job:
         """
         chosen = parse(method, METHODS, "method") if isinstance(method, str) else method
         solver = solvers.Mask(chosen) if isinstance(chosen, Score) else chosen
-        if not isinstance(solver, Solver):
-            raise GossamerError(f"{method!r} is no method: it wants a Score or a Solver")
+        if not isinstance(solver, Solver | Factorizer):
+            raise GossamerError(f"{method!r} is no method: it wants a Score, a Solver or a Factorizer")
         shape = pattern_of(pattern)
         if not isinstance(shape, solver.patterns):
             known = ", ".join(p.__name__ for p in solver.patterns)
@@ -120,27 +122,50 @@ class Job:
             wants = show_method(self.solver) if self.gather - DATA_FREE else f"allocate={show(self.allocation)}"
             raise GossamerError(f"{wants} needs calibration data: give data= a text file, token ids, or 'builtin'")
 
-    def prune(self, target: Target, stats: Sequence[Stats], sparsity: float | None) -> dict[str, Any]:
-        """Prune one weight in place and return its row of the report."""
+    @property
+    def factorizes(self) -> bool:
+        """Whether a product comes in each weight's place: a `SparseLinear` that holds a `Wrapped`."""
+        return isinstance(self.solver, Factorizer)
+
+    def check(self, target: Target) -> None:
+        """Raise unless the weight can be pruned so."""
+        shape = target.matrices().shape[1:]
+        self.pattern.check(shape, target.name)
+        if isinstance(self.solver, Factorizer):
+            if target.stacked or target.block is None:
+                kind = "a stack of experts" if target.stacked else "outside the blocks"
+                told = "puts a product in the place of a linear inside the blocks"
+                raise GossamerError(f"{show_method(self.solver)} {told}, and {target.name} is {kind}: leave it out of targets=")
+            self.solver.check((shape[0], shape[1]), self.pattern, target.name)
+
+    def prune(self, target: Target, stats: Sequence[Stats], sparsity: float | None) -> tuple[dict[str, Any], Format | None]:
+        """Prune one weight in place; return its row of the report, and of a method that factorizes the product."""
         started = time.perf_counter()
         check_finite(target)
         matrices = target.matrices()
+        packed = None
         for matrix, known in zip(matrices, stats, strict=True):
             try:
-                weights = self.solve(matrix, known, sparsity)
+                weights, packed = self.solve(matrix, known, sparsity)
             except (GossamerError, ArithmeticError) as error:
                 raise GossamerError(f"{target.name}: {error}") from error
             if not_finite(weights):
                 raise GossamerError(f"{target.name}: {show_method(self.solver)} gave weights that are NaN or infinite")
             matrix.copy_(weights)
-        return {**row(target), **told(stats), "seconds": time.perf_counter() - started}
+        found_row = {**row(target), **told(stats)}
+        if packed is not None:
+            found_row |= wrapped(target, packed)
+        return {**found_row, "seconds": time.perf_counter() - started}, packed
 
-    def solve(self, matrix: Tensor, known: Stats, sparsity: float | None) -> Tensor:
-        """Return one matrix pruned; its share may be its own n of every m."""
-        pattern, share = self.pattern, sparsity
-        if pattern.grain is not None:
-            pattern, share = pattern.at(sparsity), None
-        return self.solver(matrix, known, pattern, share)[0]
+    def solve(self, matrix: Tensor, known: Stats, sparsity: float | None) -> tuple[Tensor, formats.Wrapped | None]:
+        """Return one matrix pruned, and the product that takes its place, where there is one."""
+        own = self.pattern.grain is not None  # an n of its own of every m
+        pattern = self.pattern.at(sparsity) if own else self.pattern
+        found = self.solver(matrix, known, pattern, None if own else sparsity)
+        if not isinstance(found, Factors):
+            return found[0], None
+        product = _wrapped(found, pattern, matrix.dtype)
+        return product.dense(), product
 
 
 def select_targets(model: nn.Module, job: Job, expression: str | None, *, weightless: bool = False) -> list[Target]:
@@ -156,7 +181,7 @@ def select_targets(model: nn.Module, job: Job, expression: str | None, *, weight
     if offloaded and not weightless:
         raise GossamerError(f"{len(offloaded)} weights are offloaded ({offloaded[0]} ...); `gossamer prune DIR` streams them")
     for target in chosen:
-        job.pattern.check(target.matrices().shape[1:], target.name)
+        job.check(target)
     return chosen
 
 
@@ -185,7 +210,7 @@ def check_finite(target: Target) -> None:
         raise GossamerError(f"{target.name}: {bad} of {target.parameter.numel()} weights are NaN or infinite")
 
 
-def show_method(solver: Solver) -> str:
+def show_method(solver: Solver | Factorizer) -> str:
     """Write a method as users name it: a bare score for `Mask`."""
     return repr(solver.score) if isinstance(solver, solvers.Mask) else repr(solver)
 
@@ -208,6 +233,11 @@ def command_of(model: str, recipe: Mapping[str, Any], out: str) -> str:
     options = ("targets", "data", "seqlen", "samples", "sample", "seed")
     words += [word for option in options if recipe.get(option) is not None for word in (f"--{option}", str(recipe[option]))]
     return shlex.join([*words, "--out", out])
+
+
+def _wrapped(factors: Factors, pattern: Pattern, dtype: torch.dtype) -> formats.Wrapped:
+    core = formats.NM.pack(factors.core.to(dtype), factors.core != 0, pattern)
+    return formats.Wrapped.of(factors.left.to(dtype), core, factors.right.to(dtype))
 
 
 def _allocation(allocate: Any) -> Any:

@@ -20,12 +20,12 @@ from torch import Tensor
 from gossamer.core.errors import GossamerError
 from gossamer.core.format import DTYPES, Format
 from gossamer.core.report import read_json
-from gossamer.formats import NM, Bitmask, Block
+from gossamer.formats import NM, Bitmask, Block, Wrapped
 from gossamer.models import INDEX, PACKED, check_directory
 
 VERSION = 2
-LAYOUTS: dict[str, type[Format]] = {"Bitmask": Bitmask, "Block": Block, "NM": NM}
-_SIZES: dict[type[Format], tuple[str, str]] = {Block: ("h", "w"), NM: ("n", "m")}
+LAYOUTS: dict[str, type[Format]] = {"Bitmask": Bitmask, "Block": Block, "NM": NM, "Wrapped": Wrapped}
+_SIZES: dict[type[Format], tuple[str, str]] = {Block: ("h", "w"), NM: ("n", "m"), Wrapped: ("n", "m")}
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 
@@ -37,7 +37,7 @@ class Weight:
         layout: the format's class.
         shape: (out, in).
         dtype: of the values.
-        sizes: n and m for NM, h and w for Block.
+        sizes: n and m for NM and Wrapped, h and w for Block.
         transposed: dense, it is stored as (in, out), as Conv1D does.
         module: the linear's name in the model, where the files call it otherwise.
     """
@@ -105,14 +105,14 @@ class Weight:
 
     def blank(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Format:
         """Return the format without numbers, on the meta device, to be loaded into; what is derived comes with `read`."""
-        empty = {name: torch.empty_like(t, device="meta") for name, t in tensors.items()}
-        empty["values"] = empty["values"].to(dtype)
+        kinds = {name: dtype if t.is_floating_point() else t.dtype for name, t in tensors.items()}
+        empty = {name: torch.empty_like(t, dtype=kinds[name], device="meta") for name, t in tensors.items()}
         empty |= {name: torch.empty(0, dtype=torch.int64, device="meta") for name in self.layout.derived}
         return self.layout(shape=self.shape, **self._fixed, **empty)  # type: ignore[call-arg]
 
     @property
     def _fixed(self) -> Mapping[str, int]:
-        return self.sizes if self.layout is NM else {}
+        return self.sizes if self.layout in (NM, Wrapped) else {}
 
 
 @dataclass(frozen=True)
@@ -281,6 +281,6 @@ def _stored(layout: type[Format]) -> list[str]:
 
 
 def _sizes(packed: Format) -> dict[str, int]:
-    if isinstance(packed, NM):
+    if isinstance(packed, NM | Wrapped):
         return {"n": packed.n, "m": packed.m}
     return {"h": packed.values.shape[1], "w": packed.values.shape[2]} if isinstance(packed, Block) else {}

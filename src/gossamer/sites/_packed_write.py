@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from gossamer.core.atomic import write_text
 from gossamer.core.errors import GossamerError
 from gossamer.core.format import Format, checked
 from gossamer.core.report import read_json
-from gossamer.formats import Bitmask
+from gossamer.formats import Bitmask, Wrapped
 from gossamer.models import INDEX, PACKED, PICKLES, quiet
 from gossamer.sites._packed import LAYOUTS, Packed, Weight, checksum, opened, stop
 from gossamer.sites._sparse_linear import SparseLinear
@@ -69,14 +70,35 @@ def write_packed(model: Any, folder: Path) -> None:
             model.generation_config.save_pretrained(folder)
 
 
-def write_dense(source: Path, folder: Path) -> None:
+def with_products(state: dict[str, Tensor], products: Mapping[Target, Format], model: str) -> tuple[dict[str, Tensor], Packed]:
+    """Return a block's tensors, by their names in files, with those of products in place of weights; and what a config says.
+
+    Raises:
+        GossamerError: the files hold one of the weights under no name of its own.
+    """
+    weights = {}
+    for target, packed in products.items():
+        name = target.name.removesuffix(".weight")
+        if target.name not in state:
+            raise GossamerError(f"{name} cannot be saved packed: {model} stores it as a part of another weight")
+        weights[name] = Weight.of(packed, target.transposed)
+        state |= {f"{name}.{part}": tensor for part, tensor in [*packed.tensors().items(), ("weight", stop())]}
+    return state, Packed(weights, {name: checksum(tensor) for name, tensor in state.items()})
+
+
+def write_dense(source: Path, folder: Path) -> list[dict[str, Any]]:
     """Write a packed checkpoint's directory as the dense one it was, shard by shard.
+
+    Returns:
+        What sparsity.json has to say where products were multiplied out, a row for each packed weight; else nothing.
 
     Raises:
         GossamerError: it is not packed, or not sound.
     """
     packed, files = opened(source)
     shards = Shards(folder)
+    rows: list[dict[str, Any]] = []
+    multiplied = False
     for name in files:
         linear, _, tensor = name.rpartition(".")
         weight = packed.weights.get(linear)
@@ -87,7 +109,10 @@ def write_dense(source: Path, folder: Path) -> None:
                 dense = weight.read(files.of(linear, weight)).dense()
             except GossamerError as error:
                 raise GossamerError(f"{source}: {linear}: {error}") from error
-            shards.add(f"{linear}.weight", dense.T if weight.transposed else dense)
+            stored = dense.T if weight.transposed else dense
+            shards.add(f"{linear}.weight", stored)
+            rows.append(_counted(f"{weight.module or linear}.weight", stored))
+            multiplied |= weight.layout is Wrapped
     shards.finish()
     for other in source.iterdir():
         if other.is_dir():
@@ -98,6 +123,7 @@ def write_dense(source: Path, folder: Path) -> None:
     config = read_json(source / "config.json")
     del config["quantization_config"]
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    return rows if multiplied else []
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
@@ -106,11 +132,16 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
 
 
 def packed_row(name: str, layer: SparseLinear) -> dict[str, Any]:
-    """Return what sparsity.json says of a packed linear: what it would say of the dense one."""
+    """Return what sparsity.json says of a packed linear: what it would say of the dense one; of a product, what of its core."""
     out, in_ = layer.packed.shape
     nnz = int(layer.packed.values.count_nonzero())
     shape = [in_, out] if layer.transposed else [out, in_]
     return {"name": f"{name}.weight", "shape": shape, "sparsity": 1 - nnz / (out * in_), "nnz": nnz}
+
+
+def _counted(name: str, w: Tensor) -> dict[str, Any]:
+    nnz = int(w.count_nonzero())
+    return {"name": name, "shape": list(w.shape), "sparsity": 1 - nnz / w.numel(), "nnz": nnz}
 
 
 def for_file(packed: Format) -> Format:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gossamer.core.format import Format
 from gossamer.core.stats import Stats
 from gossamer.sites._walk import Target
 
@@ -27,6 +28,18 @@ def row(target: Target) -> dict[str, Any]:
         "sparsity": 1 - nnz / w.numel(),
         "nnz": nnz,
         "block": target.block,
+    }
+
+
+def wrapped(target: Target, packed: Format) -> dict[str, Any]:
+    """Return what is to be said of a weight that has become a product: the zeros of its core, and what it takes."""
+    w, nnz = target.parameter, int(packed.values.count_nonzero())
+    return {
+        "sparsity": 1 - nnz / w.numel(),
+        "nnz": nnz,
+        "format": type(packed).__name__,
+        "bytes": packed.bytes,
+        "dense_bytes": w.nbytes,
     }
 
 

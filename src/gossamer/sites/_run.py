@@ -19,6 +19,7 @@ from gossamer.core.atomic import cannot_write, lock, publish, replacing, write_t
 from gossamer.core.errors import GossamerError
 from gossamer.core.report import Report, environment, read_json
 from gossamer.models import INDEX
+from gossamer.sites._packed import Packed, checksum
 
 _OURS = ("sparsity.json", "report.json")
 REST_SHARD_BYTES = 2**31
@@ -98,9 +99,17 @@ class Run:
         write_text(self.folder / "state.json", json.dumps(self.state))
         (self.folder / f"inputs-{position}.safetensors").unlink(missing_ok=True)
 
+    def add_packed(self, said: Packed) -> None:
+        """Take down what the config is to say of a block of a packed result, or of what is outside the blocks."""
+        kept = self.state.setdefault("packed", Packed({}, {}).to_json())
+        for key in ("weights", "crc32"):
+            kept[key] |= said.to_json()[key]
+
     def complete(self, source: Path, rest: dict[str, Tensor], report: Report) -> None:
         """Write what is outside the blocks, name the shards, copy configuration and tokenizer, and publish the directory."""
         try:
+            if "packed" in self.state:
+                self.add_packed(Packed({}, {name: checksum(tensor) for name, tensor in rest.items()}))
             part: dict[str, Tensor] = {}
             parts = [part]
             for name, tensor in rest.items():
@@ -124,6 +133,9 @@ class Run:
             for kept in source.iterdir():
                 if kept.suffix in (".json", ".txt", ".model", ".jinja", ".tiktoken") and kept.name not in (INDEX, *_OURS):
                     shutil.copyfile(kept, finished / kept.name)
+            if "packed" in self.state:
+                config = read_json(finished / "config.json") | {"quantization_config": self.state["packed"]}
+                write_text(finished / "config.json", json.dumps(config, indent=2) + "\n")
             write_sparsity(finished, report.weights)
             report.save(finished / "report.json")
             publish(finished, self.out)

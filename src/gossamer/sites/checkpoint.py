@@ -13,20 +13,23 @@ import torch
 
 from gossamer.core.atomic import cannot_write, publish
 from gossamer.core.errors import GossamerError
+from gossamer.core.format import Format
 from gossamer.core.pattern import Pattern
 from gossamer.core.report import Report
 from gossamer.core.score import Score
-from gossamer.core.solver import Solver
+from gossamer.core.solver import Factorizer, Solver
 from gossamer.core.stats import INPUTS
+from gossamer.formats import Wrapped
 from gossamer.models import check_directory, quiet, skeleton
 from gossamer.sites._allocated import allocated, bar, blank_stats, own_gradients
 from gossamer.sites._calibrate import Batch, Calibration
 from gossamer.sites._inputs import calibration_batches, check_batches
 from gossamer.sites._job import Job, command_of, recipe_of, select_targets, show_method
-from gossamer.sites._packed_write import packed_row, sparse_layers, write_dense, write_packed
+from gossamer.sites._packed_write import packed_row, sparse_layers, with_products, write_dense, write_packed
 from gossamer.sites._rows import describe, peak_bytes, phases, row
 from gossamer.sites._run import Run, write_sparsity
 from gossamer.sites._stream import Checkpoint
+from gossamer.sites._walk import Target
 from gossamer.sites._walk import targets as find_targets
 from gossamer.sites._whole import fill, measured
 from gossamer.sites.weights import LANES, approach
@@ -35,7 +38,7 @@ from gossamer.sites.weights import LANES, approach
 def prune_checkpoint(
     source: str | Path,
     out: str | Path,
-    method: str | Score | Solver,
+    method: str | Score | Solver | Factorizer,
     pattern: str | Pattern,
     *,
     sparsity: float | None = None,
@@ -56,7 +59,7 @@ def prune_checkpoint(
 
     One block is in memory at a time, where the method allows it; each finished block is a shard of the result. A run that was
     killed and is started again with the same arguments goes on after the last finished block, to the same bits (`OBERT` starts
-    over). ``out`` appears whole or not at all.
+    over). ``out`` appears whole or not at all. Of a method that factorizes (`ARMOR`) it is a packed checkpoint.
 
     Args:
         source: a directory with config.json and safetensors.
@@ -98,6 +101,7 @@ def prune_checkpoint(
         if "grads" in job.gather:  # these come through the pruned blocks before, which are not read back: start over
             run.state |= {"done": 0, "rows": []}
         rows = run.state["rows"]
+        products: dict[Target, Format] = {}  # of the block in hand
         before = run.start()
 
         with bar(len(chosen), f"{show_method(job.solver)} {job.pattern}", progress) as shown:
@@ -109,9 +113,13 @@ def prune_checkpoint(
 
                 def visit(target: Any, stats: Any) -> None:
                     shown.set_postfix_str(target.name.removesuffix(".weight"), refresh=False)
-                    rows.append(job.prune(target, fill(target, stats, whole), sparsities[target.name]))
+                    found, product = job.prune(target, fill(target, stats, whole), sparsities[target.name])
+                    rows.append(found)
+                    if product is not None:
+                        products[target] = product
                     shown.update()
 
+                products.clear()
                 checkpoint.fetch(list_name, index)
                 if walk is not None:
                     walk.block(index, inside, visit)
@@ -119,10 +127,14 @@ def prune_checkpoint(
                     each = own_gradients(model, job.gather, batches, inside)
                     for target in inside:
                         visit(target, blank_stats(target, each))
-                run.finish_block(position, checkpoint.block_state(list_name, index), walk.outputs if walk is not None else [])
+                state = checkpoint.block_state(list_name, index)
+                if job.factorizes:
+                    state, said = with_products(state, products, type(model).__name__)
+                    run.add_packed(said)
+                run.finish_block(position, state, walk.outputs if walk is not None else [])
                 checkpoint.drop(list_name, index)
         for target in (t for t in chosen if t.block is None):
-            rows.append(job.prune(target, blank_stats(target, whole), sparsities[target.name]))
+            rows.append(job.prune(target, blank_stats(target, whole), sparsities[target.name])[0])
 
         elapsed = run.seconds()
         report = Report(
@@ -148,6 +160,9 @@ def save(
 ) -> None:
     """Save a pruned model as an ordinary ``save_pretrained`` directory with a ``sparsity.json`` that counts its zeros.
 
+    Where a method that factorizes (`ARMOR`) has put products in the place of weights, these are multiplied out: the directory
+    is ordinary and dense, and these weights have no zeros; ``packed=True`` keeps the factors.
+
     Args:
         model: a transformers model.
         out: the directory; it must be empty or absent unless ``force``, and appears whole or not at all.
@@ -168,7 +183,8 @@ def save(
     ['config.json', 'generation_config.json', 'model.safetensors', 'sparsity.json']
     """
     layers = sparse_layers(model)
-    if layers and not packed:
+    multiplied = bool(layers) and not packed and all(isinstance(layer.packed, Wrapped) for layer in layers.values())
+    if layers and not packed and not multiplied:
         raise GossamerError(
             "the model holds packed weights: save it with packed=True, or make it dense with gossamer.unpack(model)"
         )
@@ -177,18 +193,26 @@ def save(
         rows = rows or [row(target) for target in find_targets(model)]
         if packed:
             write_packed(model, temporary)
+        elif multiplied:
+            factors = temporary / "factors"
+            factors.mkdir()
+            write_packed(model, factors)
+            rows = write_dense(factors, temporary)
+            shutil.rmtree(factors)
         with quiet():
-            if not packed:
+            if not layers and not packed:
                 model.save_pretrained(temporary)
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
-        write_sparsity(temporary, report.weights if report else rows)
+        write_sparsity(temporary, report.weights if report and not multiplied else rows)
         if report is not None:
             report.save(temporary / "report.json")
 
 
 def unpack_checkpoint(source: str | Path, out: str | Path, *, force: bool = False) -> None:
     """Write a packed checkpoint as the ordinary dense one that it is, to the bit, with the files beside it; nothing is built.
+
+    Products (`Wrapped`) are multiplied out: their weights have no zeros then, and the new ``sparsity.json`` says so.
 
     Args:
         source: a directory from ``gossamer.save(model, source, packed=True)``.
@@ -211,7 +235,8 @@ def unpack_checkpoint(source: str | Path, out: str | Path, *, force: bool = Fals
     """
     source = Path(source)
     with _appearing(out, source, force) as temporary:
-        write_dense(source, temporary)
+        if rows := write_dense(source, temporary):
+            write_sparsity(temporary, rows)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from gossamer.kernels._choice import NAMES, choose
 from gossamer.sites._job import pattern_of
 from gossamer.sites._rows import describe, peak_bytes
 from gossamer.sites._sparse_linear import SparseLinear
+from gossamer.sites._swap import swap_in
 from gossamer.sites._walk import Target
 from gossamer.sites._walk import targets as find_targets
 from gossamer.sites.weights import bar
@@ -97,14 +98,7 @@ def pack(
     for target in chosen:
         rows.append(_row(target, verdicts[target.name], packed.get(target.name), zeros[target.name], kernel))
         if target.name in packed:
-            name = target.name.removesuffix(".weight")
-            bias: Any = target.module.bias
-            layer = SparseLinear(packed.pop(target.name), bias, kernel=kernel, transposed=target.transposed)
-            model.set_submodule(name, layer.train(target.module.training))
-    if any(row["format"] != "dense" for row in rows):
-        from gossamer.hf import mark
-
-        mark(model)
+            swap_in(model, {target: packed.pop(target.name)}, kernel)
     return Report(
         kind="pack",
         recipe={

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gossamer.core.format import Format
 from gossamer.core.pattern import Pattern
 from gossamer.core.report import Report
 from gossamer.core.score import Score
-from gossamer.core.solver import Solver
+from gossamer.core.solver import Factorizer, Solver
 from gossamer.core.stats import Stats
 from gossamer.sites._allocated import allocated, visit_all
 from gossamer.sites._allocated import bar as bar
@@ -20,6 +21,7 @@ from gossamer.sites._calibrate import Batch
 from gossamer.sites._inputs import calibration_batches, check_batches
 from gossamer.sites._job import Job, check_finite, recipe_of, select_targets, show_method
 from gossamer.sites._rows import describe, peak_bytes, phases
+from gossamer.sites._swap import swap_in
 from gossamer.sites._walk import Target
 
 # How many groups of calibration windows go through a block in lockstep. More lanes: smaller temporaries, smaller products.
@@ -28,7 +30,7 @@ LANES = 16
 
 def prune(
     model: nn.Module,
-    method: str | Score | Solver,
+    method: str | Score | Solver | Factorizer,
     pattern: str | Pattern,
     *,
     sparsity: float | None = None,
@@ -44,7 +46,7 @@ def prune(
     lanes: int = LANES,
     progress: bool | None = None,
 ) -> Report:
-    """Prune a transformers model in place.
+    """Prune a transformers model in place; a method that factorizes (`ARMOR`) puts a `SparseLinear` in each linear's place.
 
     Args:
         model: a transformers model; tied weights stay tied, dtypes and devices stay as they are.
@@ -94,11 +96,11 @@ def prune(
         approach(model, job, chosen, batches, where, progress)
         sparsities = allocated(model, job, chosen, batches, where, progress)
         calibrated = time.perf_counter()
-        rows = _prune_all(model, job, chosen, sparsities, batches, where, progress)
+        rows, packed = _prune_all(model, job, chosen, sparsities, batches, where, progress)
     finally:
         model.train(training)
     seconds = {"allocate": calibrated - started, **phases(rows, time.perf_counter() - calibrated)}
-    return Report(
+    report = Report(
         kind="prune",
         recipe=recipe,
         model=describe(model),
@@ -106,6 +108,8 @@ def prune(
         seconds={**seconds, "total": time.perf_counter() - started},
         peak_bytes=peak_bytes(),
     )
+    swap_in(model, packed)  # of a method that factorizes: the model described is the one before
+    return report
 
 
 def _prune_all(
@@ -116,17 +120,20 @@ def _prune_all(
     batches: Sequence[Batch],
     device: torch.device | None,
     progress: bool | None,
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], dict[Target, Format]]:
     rows: dict[str, dict[str, Any]] = {}
+    packed: dict[Target, Format] = {}
     with bar(len(chosen), f"{show_method(job.solver)} {job.pattern}", progress) as shown:
 
         def visit(target: Target, stats: list[Stats]) -> None:
             shown.set_postfix_str(target.name.removesuffix(".weight"), refresh=False)
-            rows[target.name] = job.prune(target, stats, sparsities[target.name])
+            rows[target.name], product = job.prune(target, stats, sparsities[target.name])
+            if product is not None:
+                packed[target] = product
             shown.update()
 
         visit_all(model, job.gather, chosen, batches, device, visit)
-    return [rows[target.name] for target in chosen]
+    return [rows[target.name] for target in chosen], packed
 
 
 def approach(

@@ -12,7 +12,7 @@ class Score(ABC):
     """A pure function of a weight and its `Stats`. Subclasses are `spec` classes: the object is its own configuration.
 
     Attributes:
-        needs: what it reads of `Stats`: "norm", "mean", "gram", "grad", "grads"; empty for a data-free score.
+        needs: what it reads of `Stats`: "norm", "mean", "gram", "cross", "grad", "grads"; empty for a data-free score.
         per: what its paper compares an entry with when the pattern leaves it open: the whole tensor or its output row.
     """
 

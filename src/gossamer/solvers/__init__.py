@@ -1,10 +1,11 @@
 """One file a method that also moves the kept weights; importing it here is what makes it known everywhere."""
 
 from gossamer.solvers.alps import ALPS
+from gossamer.solvers.asymmetric import Asymmetric
 from gossamer.solvers.dsnot import DSnoT
 from gossamer.solvers.mask import Mask
 from gossamer.solvers.nettrim import NetTrim
 from gossamer.solvers.obert import OBERT
 from gossamer.solvers.sparsegpt import SparseGPT
 
-__all__ = ["ALPS", "OBERT", "DSnoT", "Mask", "NetTrim", "SparseGPT"]
+__all__ = ["ALPS", "OBERT", "Asymmetric", "DSnoT", "Mask", "NetTrim", "SparseGPT"]

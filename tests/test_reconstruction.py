@@ -14,7 +14,7 @@ from gossamer.core.refit import error, refit
 from gossamer.core.solver import Solver
 from gossamer.core.stats import Stats
 from gossamer.scores import Magnitude, Wanda
-from gossamer.solvers import ALPS, OBERT, DSnoT, Mask, NetTrim, SparseGPT
+from gossamer.solvers import ALPS, OBERT, Asymmetric, DSnoT, Mask, NetTrim, SparseGPT
 from gossamer.solvers.alps import GROWTH, PERIOD
 from gossamer.solvers.nettrim import least_l1
 from tests.sites.families import causal, ids
@@ -111,6 +111,51 @@ def test_never_worse_than_the_refit_of_wandas_mask(
     found, _ = method(w, stats, pattern, sparsity)
     assert found.isfinite().all()
     assert float(error(w, found, h).sum()) <= float(error(w, refit(w, first, h), h).sum()) * (1 + 1e-5)
+
+
+# --- Asymmetric
+
+
+def two_models(rows: int, columns: int, seed: int) -> tuple[Tensor, Stats, Tensor, Tensor]:
+    """Weights, the inputs of the pruned and of the dense model, and the statistics of both."""
+    w, _ = layer(rows, columns, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(3 * columns, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
+    dense = x @ (torch.eye(columns) + 0.2 * torch.randn(columns, columns, generator=generator))
+    stats = Stats(columns, gram=True)
+    stats.add(x, dense)
+    return w, stats, x.double(), dense.double()
+
+
+@pytest.mark.parametrize(("pattern", "sparsity"), PATTERNS, ids=repr)
+def test_asymmetric_alps_is_least_squares_against_the_dense_output(pattern: Pattern, sparsity: float | None) -> None:
+    w, stats, x, dense = two_models(6, 16, seed=3)
+    found, mask = Asymmetric(ALPS())(w, stats, pattern, sparsity)
+    ridge = 0.01 * x.square().sum(0).mean()
+    for row, keep, best in zip(w.double(), mask, found.double(), strict=True):
+        h = x[:, keep].T @ x[:, keep] + ridge * torch.eye(int(keep.sum()), dtype=torch.float64)
+        exact = torch.linalg.solve(h, x[:, keep].T @ (dense @ row) + ridge * row[keep])
+        torch.testing.assert_close(best[keep], exact, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", [ALPS(), SparseGPT(), Wanda()], ids=repr)
+@pytest.mark.parametrize("seed", range(3))
+def test_asymmetric_comes_nearer_to_the_dense_output(method: Solver, seed: int) -> None:
+    w, stats, x, dense = two_models(32, 24, seed)
+
+    def off(solver: Solver) -> float:
+        found = solver(w, stats, NM(2, 4), None)[0].double()
+        return float((dense @ w.double().T - x @ found.T).square().sum())
+
+    plain = Mask(method) if isinstance(method, Wanda) else method
+    assert off(Asymmetric(method)) < off(plain)
+    assert off(Asymmetric(method, share=0.5)) < off(plain)
+    assert torch.equal(Asymmetric(method, share=0)(w, stats, NM(2, 4), None)[0], plain(w, stats, NM(2, 4), None)[0])
+
+
+def test_asymmetric_without_cross_is_the_method_alone() -> None:
+    w, stats = layer(8, 16)
+    assert torch.equal(Asymmetric(SparseGPT())(w, stats, NM(2, 4), None)[0], SparseGPT()(w, stats, NM(2, 4), None)[0])
 
 
 # --- Net-Trim

@@ -124,7 +124,8 @@ def test_patterns_read_back_what_they_write_and_give_bool_masks(spec: str) -> No
 def layer(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Stats]:
     generator = torch.Generator().manual_seed(rows)
     stats = Stats(columns, gram=True, mean=True)
-    stats.add(torch.randn(3 * columns, columns, generator=generator))
+    x, drift = torch.randn(2, 3 * columns, columns, generator=generator)
+    stats.add(x, dense=x + 0.1 * drift)
     stats.grads = torch.randn(4, rows, columns, generator=generator)
     stats.grad = stats.grads.mean(0)
     stats.hessian_grad = torch.randn(rows, columns, generator=generator)

@@ -205,3 +205,16 @@ def test_the_spectrum_rebuilds_the_damped_hessian_and_follows_new_inputs() -> No
         assert stats.spectrum(0.1)[0] is stats.spectrum(0.1)[0], "made once"
         assert (stats.damping, stats.dead) == (0.1, 1)
         stats.add(x)
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+def test_cross_is_that_of_float64(batches: int) -> None:
+    x, dense = rows(48, 5), rows(48, 5, seed=1)
+    stats = Stats(5, gram=True)
+    for part, twin in zip(x.tensor_split(batches), dense.tensor_split(batches), strict=True):
+        stats.add(part, twin)
+    assert stats.cross is not None
+    exact = (dense - x).double().T @ x.double()
+    torch.testing.assert_close(stats.cross.double(), exact, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(stats.gram, gathered(x).gram)
+    assert gathered(x).cross is None

@@ -209,3 +209,37 @@ def test_two_stacks_of_blocks_cannot_be_calibrated_and_the_error_says_what_can()
     with pytest.raises(GossamerError, match=r"2 stacks.*Magnitude"):
         gossamer.prune(model, "Wanda", "2:4", data=ids() % 64)
     assert gossamer.prune(model, "Magnitude", "2:4").totals["sparsity"] == 0.5
+
+
+@pytest.mark.parametrize("family", [f for f in CAUSAL if f not in ("mixtral", "qwen3_moe")])
+def test_cross_is_of_the_dense_models_inputs_and_the_pruned_ones(family: str) -> None:
+    """Every weight is changed when it comes, and its cross statistics are those of two plain forwards, before and after."""
+    model = causal(family)
+    dense, found = dense_inputs(model), {}
+    walk = Calibration(model, batches(), frozenset({"cross"}))
+
+    def visit(target: Any, stats: list[Stats]) -> None:
+        found[target.name] = stats[0].cross
+        target.parameter.mul_(0.5)
+
+    for index in range(2):
+        walk.block(index, [t for t in targets(model) if t.block == index], visit)
+    pruned = dense_inputs(model)
+    assert set(found) == set(pruned)
+    moved = 0
+    for name, x in pruned.items():
+        x = x.reshape(-1, x.shape[-1]).double()
+        exact = (dense[name].reshape(x.shape).double() - x).T @ x
+        torch.testing.assert_close(found[name].double(), exact, rtol=1e-4, atol=1e-4 * float((x.T @ x).abs().max()))
+        moved += bool(exact.abs().max() > 1e-3 * (x.T @ x).abs().max())
+    assert moved > len(found) / 2
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_have_no_cross(family: str) -> None:
+    model = causal(family)
+    found: dict[str, Any] = {}
+    walk = Calibration(model, batches(), frozenset({"cross"}))
+    walk.block(0, [t for t in targets(model) if t.block == 0], lambda t, stats: found.__setitem__(t, [s.cross for s in stats]))
+    for target, cross in found.items():
+        assert all(c is None for c in cross) == target.stacked

@@ -30,6 +30,7 @@ CASES = [
     ("Gradient", "Unstructured", 0.5, "uniform"),
     ("ALPS", "2:4", None, "uniform"),
     ("DSnoT", "Unstructured", 0.5, "uniform"),
+    ("Asymmetric(SparseGPT())", "2:4", None, "uniform"),
     ("OBERT", "1x4", 0.5, "uniform"),
     ("SynFlow(rounds=3)", "Unstructured", 0.6, "global_"),
     ("GraSP", "Unstructured", 0.5, "uniform"),
@@ -120,7 +121,7 @@ class _Killed(BaseException):
 
 
 @pytest.mark.parametrize("after", [1, 2, 3])
-@pytest.mark.parametrize("method", ["SparseGPT", "Magnitude", "OBERT"])
+@pytest.mark.parametrize("method", ["SparseGPT", "Magnitude", "OBERT", "Asymmetric(Wanda())"])
 def test_a_stopped_run_goes_on_after_the_last_finished_block(
     method: str, after: int, tmp_path: Path, tiny_tokenizer: Any, monkeypatch: Any
 ) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 PANELS = 4
 
 # What is gathered from a weight's inputs, block by block; the rest of what a method may need comes from a backward pass.
-INPUTS = frozenset({"norm", "mean", "gram"})
+INPUTS = frozenset({"norm", "mean", "gram", "cross"})
 
 
 class Stats:
@@ -20,6 +20,8 @@ class Stats:
         square_sum: Σ x², shape (in,).
         total: Σ x, shape (in,), where the mean was asked for; None otherwise.
         gram: Σ x xᵀ, shape (in, in), where it was asked for; None otherwise.
+        cross: Σ (x̃ − x) xᵀ, shape (in, in), x̃ the same rows in the dense model, where it was asked for; None otherwise, and
+            where the two models' rows are not the same tokens (routed experts).
         grad: gradient of the loss with respect to the weight, its shape, where it was asked for; None otherwise.
         hessian_grad: the Hessian of that loss times its gradient, where it was asked for; None otherwise.
         synflow: gradient of SynFlow's objective with respect to |weight|, where it was asked for; None otherwise.
@@ -35,6 +37,7 @@ class Stats:
         self.square_sum = torch.zeros(width, dtype=torch.float32, device=device)
         self.total = torch.zeros(width, dtype=torch.float32, device=device) if mean else None
         self.gram = torch.zeros(width, width, dtype=torch.float32, device=device) if gram else None
+        self.cross: Tensor | None = None
         self.grad: Tensor | None = None
         self.grads: Tensor | None = None
         self.hessian_grad: Tensor | None = None
@@ -60,9 +63,12 @@ class Stats:
         return stats
 
     @torch.no_grad()
-    def add(self, x: Tensor) -> None:
-        """Add input rows x of shape (..., in), any float dtype."""
+    def add(self, x: Tensor, dense: Tensor | None = None) -> None:
+        """Add input rows x of shape (..., in), any float dtype, and to `cross` where the dense model's rows are given."""
         x = x.detach().reshape(-1, x.shape[-1]).float()
+        if dense is not None:
+            drift = dense.detach().reshape(x.shape).float() - x
+            self.cross = drift.T @ x if self.cross is None else self.cross.addmm_(drift.T, x)
         self._factors.clear()
         self._spectra.clear()
         self.tokens += x.shape[0]

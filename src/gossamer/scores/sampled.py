@@ -37,6 +37,7 @@ class Sampled(Score):
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
+        """what its score needs"""
         return self.score.needs
 
     @property

@@ -5,6 +5,7 @@ other argument of a block are the ones its model really passes. All lanes go thr
 over when its inputs are complete, may be changed there and then, and the pass goes on through the changed weight.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -51,7 +52,9 @@ class Calibration:
     ) -> None:
         self.model, self.batches, self.needs, self.device = model, batches, needs, device
         self.name, self.blocks = blocks_of(model)
-        self.outputs: list[Any] = [None] * len(batches)
+        # With "cross" there are twice as many lanes: the second half goes through the blocks as they were before pruning.
+        self.lanes = list(batches) * (2 if "cross" in needs else 1)
+        self.outputs: list[Any] = [None] * len(self.lanes)
         self._lane = 0  # the lane whose turn it is
 
     def block(self, index: int, targets: Sequence[Target], visit: Visit) -> None:
@@ -71,16 +74,41 @@ class Calibration:
                 visit(target, gatherer.take(target))
             give_back()
 
+        twin = copy.deepcopy(self.blocks[index]) if "cross" in self.needs else None  # before anything hangs on it
         with self._entered(index) as (here, home), ExitStack() as stack:
+            if twin is not None:
+                self._pair(here, twin.to(self.device), by_module, gatherer, stack)
             stack.enter_context(hooked(here.register_forward_hook(lambda _m, _a, out: self._finish(out, home))))
             for module in by_module:
                 stack.enter_context(hooked(module.register_forward_pre_hook(lambda m, args: self._arrive(gatherer, m, args))))
             self._lanes: dict[int, Lane] = {}
-            lockstep([self._body(i) for i in range(len(self.batches))], lambda m: order[m], deal_with)  # type: ignore[index]
+            count = len(self.batches)
+            # The dense lanes first: what they bring to a module is there when the others come.
+            lockstep([self._body(i) for i in (*range(count, len(self.lanes)), *range(count))], lambda m: order[m], deal_with)  # type: ignore[index]
             for module in by_module:
                 if module not in gatherer.seen:  # no token came this way: an expert kept in a module of its own
                     deal_with(module)
         give_back()
+
+    def _pair(
+        self,
+        here: nn.Module,
+        twin: nn.Module,
+        by_module: Mapping[nn.Module, Sequence[Target]],
+        gatherer: Gatherer,
+        stack: ExitStack,
+    ) -> None:
+        """Let the dense lanes go through a copy of the block, and pause there where the others do."""
+        own, count = here.forward, len(self.batches)
+        stack.enter_context(forwarding(here, lambda *a, **k: (twin if self._lane >= count else own)(*a, **k)))
+        for module, double in zip(here.modules(), twin.modules(), strict=True):
+            if module in by_module:
+
+                def arrive(_m: nn.Module, args: tuple[Any, ...], module: nn.Module = module) -> None:
+                    gatherer.add_dense(self._lane - count, module, args)
+                    self._pause(module)
+
+                stack.enter_context(hooked(double.register_forward_pre_hook(arrive)))
 
     @torch.no_grad()
     def calls(self, index: int, module: nn.Module, *, answered: bool = True) -> list["Call"]:
@@ -127,14 +155,17 @@ class Calibration:
     def _pass(self, lane: int) -> None:
         self._lane = lane
         try:
-            self.model(**self.batches[lane], use_cache=False)
+            self.model(**self.lanes[lane], use_cache=False)
         except _Stop:
             return
         raise GossamerError(f"the forward pass of {type(self.model).__name__} never came to the block in {self.name}")
 
     def _arrive(self, gatherer: "Gatherer", module: nn.Module, args: tuple[Any, ...]) -> None:
+        gatherer.add(self._lane, module, args)
+        self._pause(module)
+
+    def _pause(self, module: nn.Module) -> None:
         index = self._lane
-        gatherer.add(index, module, args)
         self._lanes[index].pause(module)
         self._lane = index
 

@@ -21,7 +21,13 @@ class Gatherer:
         self.blank = partial(Stats, gram="gram" in needs, mean="mean" in needs)
         self.seen: dict[nn.Module, Stats] = {}
         self._experts: dict[str, list[Stats]] = {}
+        self._dense: dict[int, tuple[nn.Module, Tensor]] = {}  # lane → where its dense twin stands, and the input there
+        self._rows: dict[int, int] = {}  # lane → how many rows its first input had, which are all of its tokens
         self._last: dict[int, tuple[Tensor, int, Stats]] = {}  # lane → its last input and where that went
+
+    def add_dense(self, lane: int, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Take down what the dense model puts into a module, before the lane itself comes to it."""
+        self._dense[lane] = module, args[0]
 
     def add(self, lane: int, module: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0]
@@ -36,8 +42,15 @@ class Gatherer:
             return
         if module not in self.seen:
             self.seen[module] = self.blank(x.shape[-1], device=x.device)
-        self.seen[module].add(x)
+        self.seen[module].add(x, self._same_tokens(lane, module, x))
         self._last[lane] = (x, x._version, self.seen[module])
+
+    def _same_tokens(self, lane: int, module: nn.Module, x: Tensor) -> Tensor | None:
+        """Return the dense model's input to a module if its rows are those of x: every token of the lane."""
+        rows = x.numel() // x.shape[-1]
+        at, dense = self._dense.get(lane, (None, None))
+        everything = rows == self._rows.setdefault(lane, rows)
+        return dense if at is module and everything and dense is not None and dense.shape == x.shape else None
 
     def _sinks(self, module: nn.Module, device: torch.device) -> list[tuple[Target, list[Stats]]]:
         sinks = []

@@ -96,7 +96,7 @@ def prune_checkpoint(
         sparsities = run.state["sparsities"]
         walk = Calibration(model, batches, job.gather, device=where) if job.gather & INPUTS else None
         if walk is not None:
-            walk.outputs = run.inputs(len(batches))
+            walk.outputs = run.inputs(len(walk.outputs))
         whole = measured(model, job.gather, batches, chosen)
         if "grads" in job.gather:  # these come through the pruned blocks before, which are not read back: start over
             run.state |= {"done": 0, "rows": []}

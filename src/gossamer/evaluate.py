@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from gossamer.core.errors import GossamerError
-from gossamer.models import is_packed
+from gossamer.models import is_own
 
 ROWS = 128  # logits are scored so many positions at a time: a float32 copy of a window's would double the memory
 
@@ -106,7 +106,7 @@ def tasks(
         raise GossamerError(
             f"lm-eval knows no task {told}: `lm-eval ls tasks` lists them; give the folder of task files of your own"
         )
-    if is_packed(model_dir):
+    if is_own(model_dir):
         import gossamer.hf  # noqa: F401 (importing it is what tells transformers how to load it)
     found = simple_evaluate(
         model="hf",

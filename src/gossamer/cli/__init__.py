@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from gossamer.cli import pruning, speed, training  # noqa: F401 (importing them is what adds their commands)
+from gossamer.cli import pruning, shrinking, speed, training  # noqa: F401 (importing them is what adds their commands)
 from gossamer.cli._shared import app, err, out
 from gossamer.core.errors import GossamerError
 

@@ -36,7 +36,7 @@ from gossamer.cli._shared import (
 from gossamer.core.errors import GossamerError
 from gossamer.shapes import SHAPES
 
-Kind = Literal["scores", "solvers", "tuners", "patterns", "allocations", "schedules", "formats", "sites"]
+Kind = Literal["scores", "solvers", "structures", "tuners", "patterns", "allocations", "schedules", "formats", "sites"]
 
 
 @app.command()
@@ -202,7 +202,7 @@ def report(
 @app.command("ls")
 def list_names(
     kind: Annotated[
-        Literal["scores", "solvers", "tuners", "patterns", "allocations", "schedules", "formats", "sites"] | None,
+        Literal["scores", "solvers", "structures", "tuners", "patterns", "allocations", "schedules", "formats", "sites"] | None,
         typer.Argument(),
     ] = None,
 ) -> None:

@@ -23,7 +23,7 @@ from gossamer.sites.shrinking import shrink
 from gossamer.sites.weights import prune
 from gossamer.solvers import ALPS, OBERT, DSnoT, Mask, NetTrim, SparseGPT
 from gossamer.speed import bench
-from gossamer.structures import CFSP, Depth
+from gossamer.structures import CFSP, Depth, SliceGPT, ZipLM
 from gossamer.tuners import AST, CAST, PERP, PST, SPP, Full, LoRAPrune, MaskLLM, MaskLoRA, ScaleLoRA
 from gossamer.tuning import tune
 
@@ -63,6 +63,7 @@ __all__ = [
     "Report",
     "ScaleLoRA",
     "Score",
+    "SliceGPT",
     "Solver",
     "SparseGPT",
     "Stats",
@@ -73,6 +74,7 @@ __all__ = [
     "Tuning",
     "Unstructured",
     "Wanda",
+    "ZipLM",
     "bench",
     "distill",
     "hold",

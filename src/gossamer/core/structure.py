@@ -95,6 +95,19 @@ class Skeleton(ABC):
     def drop(self, blocks: Sequence[int]) -> None:
         """Remove whole blocks."""
 
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """How wide the hidden states are.
+
+        Raises:
+            GossamerError: the model cannot take them to another basis.
+        """
+
+    @abstractmethod
+    def project(self, q: Tensor) -> None:
+        """Take the hidden states to the basis Q, (width, at most as many orthonormal columns)."""
+
     @abstractmethod
     def note(self, block: int, **values: Any) -> None:
         """Say something of a block in the report."""
@@ -104,7 +117,7 @@ class Structure(ABC):
     """A method that removes structure. Subclasses are `spec` classes: the object is its own configuration.
 
     Attributes:
-        removes: the kinds of structure that it removes: "blocks", "channels", "heads".
+        removes: the kinds of structure that it removes: "blocks", "channels", "heads", "hidden" (directions of hidden states).
         needs: what calibration has to bring: "states" (hidden states), "norm", "mean", "gram".
         even: whether all blocks end with the same widths, which an ordinary config.json can say.
     """

@@ -124,10 +124,7 @@ class Coupling:
             part.module.weight = _like(weight, weight.data.index_select(part.dim, at))
             if part.rows and part.module.bias is not None:
                 part.module.bias = _like(part.module.bias, part.module.bias.data.index_select(0, at))
-            out, in_ = part.module.weight.shape if not is_transposed(part.module) else part.module.weight.T.shape
-            for name, size in (("out_features", out), ("in_features", in_), ("nf", out), ("nx", in_)):
-                if hasattr(part.module, name):
-                    setattr(part.module, name, size)
+            tell_sizes(part.module)
         heads = len(members) * self.queries
         told = {**dict.fromkeys(HEAD_ATTRIBUTES, heads), **dict.fromkeys(KEY_VALUE_ATTRIBUTES, len(members))}
         told |= dict.fromkeys(WIDTH_ATTRIBUTES, heads * self.head_dim)
@@ -227,6 +224,14 @@ def shape_of(linear: Any) -> tuple[int, int]:
     """Return a linear's (out, in)."""
     out, in_ = linear.weight.T.shape if is_transposed(linear) else linear.weight.shape
     return int(out), int(in_)
+
+
+def tell_sizes(linear: Any) -> None:
+    """Let a linear say what the shape of its weight is now."""
+    out, in_ = shape_of(linear)
+    for name, size in (("out_features", out), ("in_features", in_), ("nf", out), ("nx", in_)):
+        if hasattr(linear, name):
+            setattr(linear, name, size)
 
 
 def _present(config: Any, names: Sequence[str], size: int) -> dict[str, int]:

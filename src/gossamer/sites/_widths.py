@@ -91,13 +91,35 @@ def settle(model: Any) -> bool:
         elif _made(type(model), config, kind) != made:
             widths[kind] = [c.count for c in found]
     fresh = built(type(model), config, widths)
-    if told := difference(fresh, model):
+    shapes = [{name: tuple(tensor.shape) for name, tensor in m.state_dict().items()} for m in (fresh, model)]
+    told = difference(fresh, model) or next((name for name in shapes[1] if shapes[0].get(name) != shapes[1][name]), None)
+    if told:
         raise GossamerError(f"{type(model).__name__} cannot be built again as it is now: {told}")
     from gossamer.hf import shaped
 
     model.config.__dict__.update({k: v for k, v in config.__dict__.items() if k != "quantization_config"})
     shaped(model, widths)
     return not widths
+
+
+def narrower(model: Any, width: int) -> Any:
+    """Return the configuration of a model whose hidden states are so wide, and whose head is no longer its embeddings.
+
+    Raises:
+        GossamerError: no configuration says so, with heads of the size that they have.
+    """
+    config = copy.deepcopy(model.config)
+    text = config.get_text_config()
+    blocks = blocks_of(model)[1]
+    heads = couplings(model, blocks, "heads")
+    for name, size in {**heads[0].sizes(text), "hidden_size": width}.items():
+        setattr(text, name, size)
+    config.tie_word_embeddings = text.tie_word_embeddings = False
+    if _made(type(model), config, "heads") != [coupling.made for coupling in heads]:
+        raise GossamerError(
+            f"{type(model).__name__} derives its heads from hidden_size, so hidden states cannot be made narrower"
+        )
+    return config
 
 
 def _made(kind_of_model: Any, config: Any, kind: str) -> list[Any] | None:

@@ -4,6 +4,7 @@ import copy
 import shlex
 import time
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from gossamer.core.stats import INPUTS, Stats
 from gossamer.core.structure import Group, Skeleton, Solve, Step, Structure
 from gossamer.sites._calibrate import Batch, Calibration, Call
 from gossamer.sites._coupling import Coupling, couplings, is_transposed
+from gossamer.sites._hidden import Hidden
 from gossamer.sites._inputs import batches_of, check_batches
 from gossamer.sites._job import check_finite
 from gossamer.sites._rows import describe, peak_bytes
 from gossamer.sites._walk import Target, blocks_of, targets
-from gossamer.sites._widths import KINDS, built, difference, renumber, settle, widths_of
+from gossamer.sites._widths import KINDS, built, difference, narrower, renumber, settle, widths_of
 from gossamer.sites.weights import LANES, bar
 
 STRUCTURES = names_in(structures)
@@ -218,6 +220,19 @@ class _Skeleton(Skeleton):
             del self.list[index]
         self.model.config.__dict__.update({k: v for k, v in config.__dict__.items() if k != "quantization_config"})
         renumber(self.model)
+
+    @cached_property
+    def _hidden(self) -> Hidden:
+        return Hidden.of(self.model, self.batches[0])
+
+    @property
+    def width(self) -> int:
+        return self._hidden.width
+
+    def project(self, q: Tensor) -> None:
+        config = narrower(self.model, q.shape[1])
+        self._hidden.project(self.model, q)
+        self.model.config.__dict__.update({k: v for k, v in config.__dict__.items() if k != "quantization_config"})
 
     def note(self, block: int, **values: Any) -> None:
         self.rows[block].update(values)

@@ -2,5 +2,7 @@
 
 from gossamer.structures.cfsp import CFSP
 from gossamer.structures.depth import Depth
+from gossamer.structures.slicegpt import SliceGPT
+from gossamer.structures.ziplm import ZipLM
 
-__all__ = ["CFSP", "Depth"]
+__all__ = ["CFSP", "Depth", "SliceGPT", "ZipLM"]

@@ -38,33 +38,30 @@ def shrink(
     quiet: Quiet = False,
 ) -> None:
     """Remove whole blocks, heads or channels: a smaller ordinary dense model, in a new directory."""
-    from gossamer.models import causal_lm, resolve, tokenizer
-    from gossamer.sites.checkpoint import check_out, save
-    from gossamer.sites.shrinking import check_sparsity, command_of, opens, structure_of
-    from gossamer.sites.shrinking import shrink as run
+    from gossamer.models import resolve
+    from gossamer.sites.checkpoint import check_out
+    from gossamer.sites.shrinking import check_sparsity, opens, shrink_checkpoint, structure_of
 
     how, say = structure_of(method), speaker(quiet)  # a slip in these shows before a model is fetched
     check_sparsity(sparsity)
     path = resolve(model, say=say)
     check_out(to, path, force)
     say(opens(how.even, to))
-    loaded, tokens = causal_lm(path), tokenizer(path)
-    report = run(
-        loaded,
+    report = shrink_checkpoint(
+        path,
+        to,
         how,
         sparsity=sparsity,
         data=data,
-        tokenizer=tokens,
         seqlen=seqlen,
         samples=samples,
         sample=sample,
         seed=seed,
         device=device_of(device),
         progress=progress_of(quiet),
+        force=force,
+        name=model,
     )
-    report.model["name"] = model
-    report.recipe["command"] = command_of(model, report.recipe, str(to))
-    save(loaded, to, report=report, tokenizer=tokens, force=force)
     if quiet:
         return
     out.print(str(report))

@@ -56,7 +56,8 @@ class Report:
     def totals(self) -> dict[str, Any]:
         """Count over all pruned weights: entries, those not zero, the sparsity, and bytes dense and as a bitmask.
 
-        ``bytes_bitmask`` counts what the non-zero values plus one bit for each entry would take.
+        ``bytes_bitmask`` counts what the non-zero values plus one bit for each entry would take. Where structure was
+        removed and there are no such weights, the sparsity is the fraction that is gone.
         """
         size = sum(math.prod(w["shape"]) for w in self.weights)
         nnz = sum(w["nnz"] for w in self.weights)
@@ -65,7 +66,7 @@ class Report:
             "weights": len(self.weights),
             "entries": size,
             "nnz": nnz,
-            "sparsity": 1 - nnz / size if size else 0.0,
+            "sparsity": 1 - nnz / size if size else (self.structure or {}).get("sparsity", 0.0),
             "bytes_dense": size * itemsize,
             "bytes_bitmask": nnz * itemsize + math.ceil(size / 8),
         }

@@ -17,6 +17,7 @@ from gossamer.core.report import Report
 from gossamer.core.spec import names_in, parse
 from gossamer.core.stats import INPUTS, Stats
 from gossamer.core.structure import Group, Skeleton, Solve, Step, Structure
+from gossamer.models import causal_lm, check_directory, tokenizer
 from gossamer.sites._calibrate import Batch, Calibration, Call
 from gossamer.sites._coupling import Coupling, couplings, is_transposed
 from gossamer.sites._hidden import Hidden
@@ -25,6 +26,7 @@ from gossamer.sites._job import check_finite
 from gossamer.sites._rows import describe, peak_bytes
 from gossamer.sites._walk import Target, blocks_of, targets
 from gossamer.sites._widths import KINDS, built, difference, narrower, renumber, settle, widths_of
+from gossamer.sites.checkpoint import check_out, save
 from gossamer.sites.weights import LANES, bar
 
 STRUCTURES = names_in(structures)
@@ -122,6 +124,45 @@ def shrink(
         seconds={"total": time.perf_counter() - started},
         peak_bytes=peak_bytes(),
     )
+
+
+def shrink_checkpoint(
+    source: str | Path,
+    out: str | Path,
+    method: str | Structure,
+    *,
+    sparsity: float,
+    data: str | Path | None = None,
+    seqlen: int = 512,
+    samples: int = 32,
+    sample: str = "random",
+    seed: int = 0,
+    device: str | None = None,
+    progress: bool | None = None,
+    force: bool = False,
+    name: str | None = None,
+) -> Report:
+    """Shrink the model in ``source`` into a new directory ``out``, which appears whole or not at all; all of it is in memory.
+
+    Args:
+        source: a directory with config.json, safetensors and a tokenizer.
+        out: where the result goes; it must be empty or absent unless ``force``.
+        name: what the report calls the model.
+        others: as in `gossamer.shrink`.
+
+    Raises:
+        GossamerError: anything asked for that cannot be; ``out`` is as it was.
+    """
+    source = Path(source)
+    check_directory(source)
+    check_out(Path(out), source, force)
+    model, tokens = causal_lm(source), tokenizer(source)
+    drawn: dict[str, Any] = {"data": data, "seqlen": seqlen, "samples": samples, "sample": sample, "seed": seed}
+    report = shrink(model, method, sparsity=sparsity, tokenizer=tokens, device=device, progress=progress, **drawn)
+    report.model["name"] = name or str(source)
+    report.recipe["command"] = command_of(report.model["name"], report.recipe, str(out))
+    save(model, out, report=report, tokenizer=tokens, force=force)
+    return report
 
 
 def structure_of(method: str | Structure) -> Structure:

@@ -332,3 +332,33 @@ def test_tied_weights_stay_tied(tmp_path: Path) -> None:
     loaded = gossamer.load(tmp_path / "a")
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("method", ["Depth", "CFSP", "ZipLM", "SliceGPT"])
+def test_states_that_overflow_are_refused_unchanged(method: str) -> None:
+    model = causal("llama")
+    model.model.layers[1].mlp.down_proj.weight.data.fill_(3e38)
+    model.model.layers[1].mlp.up_proj.weight.data *= 1e5
+    model.model.layers[1].mlp.gate_proj.weight.data *= 1e5
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(GossamerError, match="hold NaN or infinities"):
+        gossamer.shrink(model, method, sparsity=0.5 if method == "Depth" else 0.25, data=ids())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_configuration_inside_another_changes_where_the_modules_see_it(tmp_path: Path) -> None:
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 8}
+    text = {**sizes, "num_key_value_heads": 2, "vocab_size": 128, "layer_types": ["full_attention"] * 3}
+    sight = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 5, "num_attention_heads": 2, "image_size": 28}
+    config = Gemma3Config(text_config=text, vision_config={**sight, "patch_size": 14}, mm_tokens_per_image=4)
+    model = Gemma3ForConditionalGeneration(config).eval()
+    inner = model.model.language_model.config
+    gossamer.shrink(model, Drop(blocks=(1,)), sparsity=0.3)
+    assert inner.num_hidden_layers == model.config.text_config.num_hidden_layers == 2
+    gossamer.shrink(model, KeepChannels(left=(40, 40)), sparsity=0.3, data=ids())
+    assert inner.intermediate_size == 40
+    model.save_pretrained(tmp_path / "a")
+    again = Gemma3ForConditionalGeneration.from_pretrained(tmp_path / "a").eval()
+    assert torch.equal(logits(again), logits(model))

@@ -97,9 +97,18 @@ def settle(model: Any) -> bool:
         raise GossamerError(f"{type(model).__name__} cannot be built again as it is now: {told}")
     from gossamer.hf import shaped
 
-    model.config.__dict__.update({k: v for k, v in config.__dict__.items() if k != "quantization_config"})
+    adopt(model, config)
     shaped(model, widths)
     return not widths
+
+
+def adopt(model: Any, config: Any) -> None:
+    """Let a model's configuration say what another one does; the objects stay, for its modules hold them too."""
+    own, text = model.config, model.config.get_text_config()
+    changed = config.get_text_config()
+    text.__dict__.update({k: v for k, v in changed.__dict__.items() if k != "quantization_config"})
+    if own is not text:
+        own.__dict__.update({k: v for k, v in config.__dict__.items() if v is not changed and k != "quantization_config"})
 
 
 def narrower(model: Any, width: int) -> Any:

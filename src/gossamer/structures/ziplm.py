@@ -60,9 +60,9 @@ class ZipLM(Structure):
 
         def take_apart(group: Group, stats: Stats) -> None:
             key, w = (group.kind, group.block), group.out.float()
-            upper, _, _ = stats.inverse_factor(self.damp)
+            upper, _, damp = stats.inverse_factor(self.damp)
             found[key], _, _ = remove(w, upper.T @ upper, group.width, max(self._levels(group)))
-            energy[key] = float((w @ stats.hessian(self.damp) * w).sum())
+            energy[key] = float((w @ stats.hessian(damp) * w).sum())
 
         for _ in model.walk("heads", "channels", solve=take_apart):
             pass
@@ -77,7 +77,8 @@ class ZipLM(Structure):
             if n := gone[group.kind, group.block]:
                 members = found[group.kind, group.block].kept(n, group.count).to(group.out.device)
                 columns = (members[:, None] * group.width + torch.arange(group.width, device=members.device)).flatten()
-                group.out.copy_(refit(group.out.float(), stats.hessian(self.damp), columns))
+                _, _, damp = stats.inverse_factor(self.damp)  # raised where H is not positive definite otherwise
+                group.out.copy_(refit(group.out.float(), stats.hessian(damp), columns))
 
         for step in model.walk("heads", "channels", solve=repair):
             for group in groups:

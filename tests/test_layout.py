@@ -17,7 +17,7 @@ ROOT = Path(gossamer.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 # What each part may import, besides itself. A part is a folder or a file right under the package.
-METHODS = {"scores", "solvers", "formats", "penalties"}
+METHODS = {"scores", "solvers", "formats", "penalties", "structures"}
 LOWEST = {"core", "kernels"}
 MODELS = {"data", "models", "evaluate", "timing"}  # these import hf where a directory is packed: that is what makes it loadable
 TOP = {"cli", "html", "hf", "__main__"}
@@ -139,7 +139,7 @@ def test_nothing_is_named_for_holding_anything(word: str) -> None:
     assert not [node.name for node in defined if word in node.name.lower()]
 
 
-@pytest.mark.parametrize("package", ["scores", "solvers", "tuners"])
+@pytest.mark.parametrize("package", ["scores", "solvers", "structures", "tuners"])
 def test_a_method_is_one_file_with_one_documented_class(package: str) -> None:
     module = importlib.import_module(f"gossamer.{package}")
     found = []

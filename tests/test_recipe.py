@@ -115,3 +115,22 @@ def test_a_mistake_shows_before_anything_is_done(value: Any, told: str, tmp_path
     (tmp_path / "recipe.json").write_text(json.dumps(value))
     with pytest.raises(GossamerError, match=told):
         Recipe.load(tmp_path / "recipe.json")
+
+
+def test_a_model_is_shrunk_then_pruned(tiny_dir: Path, text: Path, tmp_path: Path) -> None:
+    windows = {"data": str(text), "seqlen": 16}
+    steps: list[dict[str, Any]] = [
+        {"shrink": {"method": "CFSP(a=5000.0)", "sparsity": 0.3, "samples": 4, **windows}},
+        {"prune": {"method": "Wanda", "pattern": "2:4", "samples": 4, **windows}},
+        {"evaluate": {"windows": 8, **windows}},
+    ]
+    found = run(tiny_dir, steps, tmp_path / "out")
+    assert [row["kind"] for row in found["runs"]] == ["shrink", "prune"]
+    shrunk, pruned = gossamer.load(tmp_path / "out" / "1-shrink"), gossamer.load(tmp_path / "out" / "2-prune")
+    assert [p.shape for p in shrunk.parameters()] == [p.shape for p in pruned.parameters()]
+    assert found["runs"][0]["totals"]["sparsity"] == pytest.approx(0.3, abs=0.05)
+    from gossamer.html import page
+
+    assert "CFSP" in page([found])
+    with pytest.raises(GossamerError, match="step 1 of the recipe: sparsity is the fraction"):
+        run(tiny_dir, [{"shrink": {"method": "Depth", "sparsity": 2.0}}], tmp_path / "other")

@@ -7,6 +7,7 @@ from gossamer.core.schedule import Constant, Cosine, Cubic, Linear
 from gossamer.core.score import Score
 from gossamer.core.solver import Solver
 from gossamer.core.stats import Stats
+from gossamer.core.structure import Structure
 from gossamer.core.tuner import Tuner, Tuning
 from gossamer.forecast import plan
 from gossamer.merging import merge
@@ -18,9 +19,11 @@ from gossamer.sites.distilling import distill
 from gossamer.sites.holding import hold
 from gossamer.sites.packing import pack, unpack
 from gossamer.sites.reconstructing import Reconstruct, reconstruct
+from gossamer.sites.shrinking import shrink
 from gossamer.sites.weights import prune
 from gossamer.solvers import ALPS, OBERT, DSnoT, Mask, NetTrim, SparseGPT
 from gossamer.speed import bench
+from gossamer.structures import CFSP, Depth, SliceGPT, ZipLM
 from gossamer.tuners import AST, CAST, PERP, PST, SPP, Full, LoRAPrune, MaskLLM, MaskLoRA, ScaleLoRA
 from gossamer.tuning import tune
 
@@ -30,6 +33,7 @@ __all__ = [
     "ALPS",
     "AST",
     "CAST",
+    "CFSP",
     "NM",
     "OBERT",
     "PERP",
@@ -42,6 +46,7 @@ __all__ = [
     "Cosine",
     "Cubic",
     "DSnoT",
+    "Depth",
     "Full",
     "GossamerError",
     "GraSP",
@@ -60,9 +65,11 @@ __all__ = [
     "Sampled",
     "ScaleLoRA",
     "Score",
+    "SliceGPT",
     "Solver",
     "SparseGPT",
     "Stats",
+    "Structure",
     "SynFlow",
     "Threshold",
     "TopK",
@@ -70,6 +77,7 @@ __all__ = [
     "Tuning",
     "Unstructured",
     "Wanda",
+    "ZipLM",
     "bench",
     "distill",
     "hold",
@@ -82,6 +90,7 @@ __all__ = [
     "reconstruct",
     "recover",
     "save",
+    "shrink",
     "tune",
     "unpack",
     "unpack_checkpoint",

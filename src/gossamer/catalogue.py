@@ -5,7 +5,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
-from gossamer import formats, scores, sites, solvers
+from gossamer import formats, scores, sites, solvers, structures
 from gossamer.core import schedule as schedules
 from gossamer.core.spec import names_in
 from gossamer.sites._job import ALLOCATIONS, PATTERNS
@@ -17,6 +17,7 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
     kinds = {
         "scores": names_in(scores),
         "solvers": names_in(solvers),
+        "structures": names_in(structures),
         "tuners": TUNERS,
         "patterns": PATTERNS,
         "allocations": ALLOCATIONS,

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from gossamer.core.errors import GossamerError
-from gossamer.models import is_packed
+from gossamer.models import is_own
 
 ROWS = 128  # logits are scored so many positions at a time: a float32 copy of a window's would double the memory
 
@@ -96,7 +96,7 @@ def tasks(
     from lm_eval import simple_evaluate
 
     inside = isinstance(model, torch.nn.Module)
-    if isinstance(model, Path) and is_packed(model):
+    if isinstance(model, Path) and is_own(model):
         import gossamer.hf  # noqa: F401 (importing it is what tells transformers how to load it)
     found = simple_evaluate(
         model="hf",

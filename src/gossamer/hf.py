@@ -22,6 +22,7 @@ from gossamer.models import PACKED
 from gossamer.sites._packed import Files, Packed, Weight, checksum, stop
 from gossamer.sites._packed_write import for_file, renamed, saved_state, sparse_layers
 from gossamer.sites._sparse_linear import SparseLinear
+from gossamer.sites._widths import Widths, cut, widths_of
 
 __all__ = [
     "GossamerConfig",
@@ -32,13 +33,14 @@ __all__ = [
     "SPPConfig",
     "ScaleLoRAConfig",
     "mark",
+    "shaped",
     "unmark",
 ]
 
 
 @register_quantization_config(PACKED)
 class GossamerConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """The entry ``quantization_config`` of a packed checkpoint's config.json.
+    """The entry ``quantization_config`` of config.json where weights are packed, or blocks differ in width.
 
     Raises:
         GossamerError: it is no entry that `gossamer.save` wrote.
@@ -54,7 +56,7 @@ class GossamerConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 @register_quantizer(PACKED)
 class GossamerQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Puts an empty `SparseLinear` in the place of each packed linear before weights are loaded, and checks it afterwards.
+    """Before weights are loaded, cuts blocks to their widths and puts an empty `SparseLinear` in each packed linear's place.
 
     The tensors' checksums are checked in the files, since a weight may be cast while it is loaded; the layout is checked in
     memory. Whatever is wrong is a GossamerError out of ``from_pretrained``.
@@ -69,6 +71,7 @@ class GossamerQuantizer(HfQuantizer):  # type: ignore[misc]
             raise GossamerError("a packed model is loaded from its files, not from a state dict")
         packed, files = self.quantization_config.packed, Files([Path(file) for file in checkpoint_files])
         packed.check(files)
+        cut(model, packed.widths)
         self._weights: dict[str, Weight] = {}
         for stored, weight in packed.weights.items():
             name, linear = _linear(model, weight.module or stored)
@@ -87,6 +90,10 @@ class GossamerQuantizer(HfQuantizer):  # type: ignore[misc]
             if tensor.shape != self._shapes.get(name, tensor.shape):
                 told = f"{tuple(tensor.shape)} in the files, and {tuple(self._shapes[name])} in {type(model).__name__}"
                 raise GossamerError(f"{name} is {told}")
+        if not self._weights:  # dense, only of other widths: nothing that quantization forbids is to be forbidden
+            model.is_quantized = False
+            for config in {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values():
+                config.__dict__.pop("_is_quantized", None)
         for name, weight in self._weights.items():
             layer = model.get_submodule(name)
             del layer.weight
@@ -104,8 +111,8 @@ class GossamerQuantizer(HfQuantizer):  # type: ignore[misc]
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """Describe the model as it is now, for the config that transformers is about to write."""
         layers = sparse_layers(model)
-        if not layers:  # unpacked since it was loaded: an ordinary model
-            self.remove_quantization_config(model)
+        if not layers:  # unpacked since it was loaded, or never packed
+            shaped(model, widths_of(model))
             return None, {}
         state, modules = saved_state(model), {}
         for name, layer in layers.items():
@@ -124,7 +131,8 @@ class GossamerQuantizer(HfQuantizer):  # type: ignore[misc]
                 weights[linear] = weight if linear == name else replace(weight, module=name)
         if len(weights) < len(layers):
             raise GossamerError(f"{type(model).__name__} stores packed weights as parts of others: they cannot be saved")
-        self.quantization_config.packed = Packed(weights, {key: checksum(tensor) for key, tensor in stored.items()})
+        crc32 = {key: checksum(tensor) for key, tensor in stored.items()}
+        self.quantization_config.packed = Packed(weights, crc32, widths_of(model))
         model.config.quantization_config = self.quantization_config
         return state, {}
 
@@ -138,13 +146,22 @@ class GossamerQuantizer(HfQuantizer):  # type: ignore[misc]
 
 def mark(model: Any) -> None:
     """Let a model that was packed in memory be saved by transformers' own ``save_pretrained``."""
-    model.hf_quantizer = GossamerQuantizer(GossamerConfig(**Packed({}, {}).to_json()))
+    model.hf_quantizer = GossamerQuantizer(GossamerConfig(**Packed({}, {}, widths_of(model)).to_json()))
 
 
 def unmark(model: Any) -> None:
     """Undo `mark`, and the mark of a model that was loaded packed: it is dense again."""
     if isinstance(getattr(model, "hf_quantizer", None), GossamerQuantizer):
+        shaped(model, widths_of(model))
+
+
+def shaped(model: Any, widths: Widths) -> None:
+    """Let a dense model's configuration list the widths of its blocks; without any, it is an ordinary model."""
+    if isinstance(getattr(model, "hf_quantizer", None), GossamerQuantizer):
         model.hf_quantizer.remove_quantization_config(model)
+    if widths:
+        entry = GossamerConfig(**Packed({}, {}, widths).to_json())
+        model.hf_quantizer, model.config.quantization_config = GossamerQuantizer(entry), entry
 
 
 def _linear(model: Any, name: str) -> tuple[str, Any]:

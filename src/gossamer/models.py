@@ -137,9 +137,18 @@ def skeleton(path: Path) -> "PreTrainedModel":
 
 def is_packed(path: Path) -> bool:
     """Whether a directory's config.json says that its weights are packed."""
+    return bool((_own_entry(path) or {}).get("weights"))
+
+
+def is_own(path: Path) -> bool:
+    """Whether it takes `gossamer.hf` to load a directory: its weights are packed, or its blocks differ in width."""
+    return _own_entry(path) is not None
+
+
+def _own_entry(path: Path) -> dict[str, Any] | None:
     config = read_json(path / "config.json")
     entry = config.get("quantization_config") if isinstance(config, dict) else None
-    return isinstance(entry, dict) and entry.get("quant_method") == PACKED
+    return entry if isinstance(entry, dict) and entry.get("quant_method") == PACKED else None
 
 
 def filled(path: Path, *, dtype: torch.dtype | str = "auto", **how: Any) -> "PreTrainedModel":
@@ -155,7 +164,7 @@ def filled(path: Path, *, dtype: torch.dtype | str = "auto", **how: Any) -> "Pre
     """
     from transformers import AutoConfig
 
-    if packed := is_packed(path):
+    if own := is_own(path):
         import gossamer.hf  # noqa: F401 (importing it is what tells transformers how to load them)
     # What transformers raises for a bad checkpoint is no part of its contract (OSError, ValueError, RuntimeError, KeyError,
     # AttributeError and its own have all been seen), so whatever it is becomes the one line, and the cause stays attached.
@@ -181,7 +190,7 @@ def filled(path: Path, *, dtype: torch.dtype | str = "auto", **how: Any) -> "Pre
             raise GossamerError(f"cannot load {path}: {_line(error)}") from error
     # transformers would fill these at random and only warn.
     wrong = {"missing_keys": "are missing from its files", "mismatched_keys": "have another shape than its config says"}
-    if packed:  # it was written with what its model has, and nothing else
+    if own:  # it was written with what its model has, and nothing else
         wrong["unexpected_keys"] = "are no weights of its model"
     for what, told in wrong.items():
         if names := sorted(key if isinstance(key, str) else key[0] for key in info[what]):

@@ -17,6 +17,7 @@ from gossamer.recovering import read, recover
 from gossamer.sites._job import Job, pattern_of
 from gossamer.sites._rows import describe
 from gossamer.sites.checkpoint import prune_checkpoint, save
+from gossamer.sites.shrinking import check_sparsity, shrink_checkpoint, structure_of
 from gossamer.speed import decoding
 
 Say = Callable[[str], None]
@@ -32,7 +33,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A model and the steps it goes through: prune, recover, evaluate, pack, in any order that makes sense.
+    """A model and the steps it goes through: prune, shrink, recover, evaluate, pack, in any order that makes sense.
 
         {"model": "smollm2", "steps": [
           {"prune": {"method": "SparseGPT", "pattern": "2:4", "data": "builtin"}},
@@ -66,9 +67,9 @@ class Recipe:
             steps.append(Step(verb, how))
         if not steps:
             raise GossamerError("the recipe has no steps")
-        if steps[0].verb not in ("prune", "recover"):
+        if steps[0].verb not in ("prune", "shrink", "recover"):
             raise GossamerError(
-                f"the recipe begins with {steps[0].verb}: there is nothing sparse before the first prune or recover"
+                f"the recipe begins with {steps[0].verb}: there is nothing sparse before the first prune, shrink or recover"
             )
         return cls(str(value["model"]), tuple(steps))
 
@@ -143,6 +144,9 @@ class _Bench:
         if step.verb == "prune":
             report = prune_checkpoint(self.here, out, **step.how, **self.how, name=self.recipe.model, force=True)
             found = report.to_json()
+        elif step.verb == "shrink":
+            report = shrink_checkpoint(self.here, out, **step.how, **self.how, name=self.recipe.model, force=True)
+            found = report.to_json()
         elif step.verb == "recover":
             teacher = {"teacher": str(self.source)} if self.here != self.source else {}
             how = {**teacher, **step.how, **self.how, "name": self.recipe.model}
@@ -156,7 +160,7 @@ class _Bench:
 
     def take(self, place: int, step: Step, found: dict[str, Any]) -> None:
         """Go on from a step's result."""
-        if step.verb in ("prune", "recover"):
+        if step.verb in ("prune", "shrink", "recover"):
             self.here = self.folder / f"{place}-{step.verb}"
             if not self.here.is_dir():
                 raise GossamerError(f"{self.here} is gone, and the steps after it need it: --force starts over")
@@ -216,6 +220,7 @@ def _takes(function: Callable[..., Any], *without: str) -> tuple[set[str], set[s
 _NOT_HERE = ("source", "out", "device", "progress", "force", "name")
 VERBS = {
     "prune": _takes(prune_checkpoint, *_NOT_HERE),
+    "shrink": _takes(shrink_checkpoint, *_NOT_HERE),
     "recover": _takes(recover, *_NOT_HERE),
     "evaluate": _takes(_Bench._evaluate),
     "pack": _takes(_Bench._pack, "out"),
@@ -233,6 +238,9 @@ def _check(place: int, verb: str, how: Mapping[str, Any]) -> None:
     try:
         if verb == "prune":
             Job.of(how["method"], how["pattern"], how.get("sparsity"), how.get("allocate", "uniform"))
+        elif verb == "shrink":
+            structure_of(how["method"])
+            check_sparsity(how["sparsity"])
         elif verb == "recover":
             read(how.get("method", "Full"), how.get("pattern"), how.get("sparsity"), how["steps"])
     except GossamerError as error:

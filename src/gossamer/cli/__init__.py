@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from gossamer.cli import comparing, pruning, speed, sweeping, training  # noqa: F401 (importing adds their commands)
+from gossamer.cli import comparing, pruning, shrinking, speed, sweeping, training  # noqa: F401 (importing adds commands)
 from gossamer.cli._shared import app, err, out
 from gossamer.core.errors import GossamerError
 

@@ -31,7 +31,7 @@ from gossamer.cli._shared import (
     write,
 )  # fmt: skip
 
-Kind = Literal["scores", "solvers", "tuners", "patterns", "allocations", "schedules", "formats", "sites"]
+Kind = Literal["scores", "solvers", "structures", "tuners", "patterns", "allocations", "schedules", "formats", "sites"]
 
 
 @app.command()
@@ -125,7 +125,7 @@ def evaluate(
 @app.command("ls")
 def list_names(
     kind: Annotated[
-        Literal["scores", "solvers", "tuners", "patterns", "allocations", "schedules", "formats", "sites"] | None,
+        Literal["scores", "solvers", "structures", "tuners", "patterns", "allocations", "schedules", "formats", "sites"] | None,
         typer.Argument(),
     ] = None,
 ) -> None:

@@ -95,7 +95,9 @@ def recover(
 
 @app.command("run")
 def run_recipe(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.json", help="prune, recover, evaluate and pack, in one file")],
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE.json", help="prune, shrink, recover, evaluate and pack, in one file")
+    ],
     to: Annotated[Path, typer.Option("--out", metavar="DIR", help="receives a directory a step, and index.html")],
     device: Device = None,
     force: Force = False,

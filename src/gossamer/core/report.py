@@ -35,6 +35,8 @@ class Report:
         training: where it was trained: losses (a number a step, None where not finite), trainable (parameters), rounded (kept
             weights that became zero), before and dense (perplexities on the text of ``evaluation``).
         blocks: where blocks were worked on one by one, what is to be said of each.
+        structure: where structure was removed: parameters, inside (those in the blocks) and blocks, each [before, after];
+            sparsity (the fraction of those inside that is gone), plain (whether plain transformers opens it), widths (if not).
     """
 
     kind: str
@@ -48,13 +50,15 @@ class Report:
     speed: dict[str, Any] | None = None
     training: dict[str, Any] | None = None
     blocks: list[dict[str, Any]] | None = None
+    structure: dict[str, Any] | None = None
 
     @property
     def totals(self) -> dict[str, Any]:
         """Count over all pruned weights: entries, those not zero, the sparsity, and bytes dense and as a bitmask.
 
         ``bytes_bitmask`` counts what the non-zero values plus one bit for each entry would take; of a weight that has become a
-        product (``format`` Wrapped), whose zeros are its core's, what the product takes.
+        product (``format`` Wrapped), whose zeros are its core's, what the product takes. Where structure was removed and there
+        are no such weights, the sparsity is the fraction that is gone.
         """
         size = sum(math.prod(w["shape"]) for w in self.weights)
         nnz = sum(w["nnz"] for w in self.weights)
@@ -66,7 +70,7 @@ class Report:
             "weights": len(self.weights),
             "entries": size,
             "nnz": nnz,
-            "sparsity": 1 - nnz / size if size else 0.0,
+            "sparsity": 1 - nnz / size if size else (self.structure or {}).get("sparsity", 0.0),
             "bytes_dense": size * itemsize,
             "bytes_bitmask": sum(w["bytes"] for w in products) + nnz_masked * itemsize + math.ceil(size_masked / 8),
         }
@@ -95,11 +99,21 @@ class Report:
         return cls.from_json(read_json(Path(path)))
 
     def __str__(self) -> str:
+        if self.structure is not None:
+            return self._shrunk(self.structure)
         total = self.totals
         what = " ".join(filter(None, (self.recipe.get("method"), self.recipe.get("pattern")))) or self.kind
         return (
             f"{what}: {total['weights']} weights, {total['nnz']:,} of {total['entries']:,} entries kept, "
             f"sparsity {total['sparsity']:.4f}, {self.seconds.get('total', 0):.1f} s"
+        )
+
+    def _shrunk(self, found: dict[str, Any]) -> str:
+        was, now = found["parameters"]
+        blocks = "{} → {} blocks".format(*found["blocks"])
+        return (
+            f"{self.recipe['method']}: {was:,} → {now:,} parameters, {blocks}, {found['sparsity']:.4f} of the parameters "
+            f"inside the blocks removed, {self.seconds.get('total', 0):.1f} s"
         )
 
 

@@ -28,7 +28,7 @@ def page(documents: list[dict[str, Any]], title: str | None = None) -> str:
     """Draw reports as one HTML page that opens offline.
 
     Args:
-        documents: JSON objects of kind "prune" or "recover" (`Report.to_json`), or "compare", in any mixture.
+        documents: JSON objects of kind "prune", "shrink" or "recover" (`Report.to_json`), or "compare", in any mixture.
         title: the page's heading; None for the name of the model.
 
     Returns:
@@ -194,7 +194,7 @@ def _read_compare(document: dict[str, Any]) -> Study:
     return Study(dict(document["model"]), _protocol(evaluation), dense, runs, _command(document), *swept)
 
 
-READERS = {"prune": _read_prune, "recover": _read_recover, "compare": _read_compare}
+READERS = {"prune": _read_prune, "shrink": _read_prune, "recover": _read_recover, "compare": _read_compare}
 
 
 def _protocol(evaluation: dict[str, Any] | None) -> dict[str, Any] | None:

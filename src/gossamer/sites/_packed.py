@@ -22,6 +22,7 @@ from gossamer.core.format import DTYPES, Format
 from gossamer.core.report import read_json
 from gossamer.formats import NM, Bitmask, Block, Wrapped
 from gossamer.models import INDEX, PACKED, check_directory
+from gossamer.sites._widths import Widths, check_widths
 
 VERSION = 2
 LAYOUTS: dict[str, type[Format]] = {"Bitmask": Bitmask, "Block": Block, "NM": NM, "Wrapped": Wrapped}
@@ -122,10 +123,12 @@ class Packed:
     Attributes:
         weights: the packed weights by the name that the files give their linear.
         crc32: the checksum of each tensor of the files, dense ones too.
+        widths: how wide each block is, where the sizes of the config do not say it (see `_widths`).
     """
 
     weights: Mapping[str, Weight]
     crc32: Mapping[str, int]
+    widths: Widths = field(default_factory=dict)
 
     @classmethod
     def parse(cls, value: Any) -> Self:
@@ -143,13 +146,15 @@ class Packed:
         crc32 = entry.take("crc32", dict)
         if any(type(c) is not int or not 0 <= c < 2**32 for c in crc32.values()):
             raise entry.wrong("has a crc32 that is no 32-bit number")
+        widths = check_widths(entry.take("widths", dict)) if "widths" in value else {}
         entry.end()
-        return cls(weights, crc32)
+        return cls(weights, crc32, widths)
 
     def to_json(self) -> dict[str, Any]:
         """Return the config's entry, as plain JSON values."""
         weights = {name: weight.to_json() for name, weight in self.weights.items()}
-        return {"quant_method": PACKED, "version": VERSION, "weights": weights, "crc32": dict(self.crc32)}
+        entry = {"quant_method": PACKED, "version": VERSION, "weights": weights, "crc32": dict(self.crc32)}
+        return {**entry, "widths": dict(self.widths)} if self.widths else entry
 
     def check(self, files: "Files") -> None:
         """Check that files hold exactly the tensors that this lists, to the bit, and those of each packed weight.
@@ -157,6 +162,8 @@ class Packed:
         Raises:
             GossamerError: one is missing, is there but not listed, or is different.
         """
+        if self.widths and not self.weights and not self.crc32:  # nothing is packed: an ordinary checkpoint, but for its widths
+            return
         for name in sorted(self.crc32.keys() ^ files.keys()):
             raise GossamerError(f"{files} {'lacks' if name in self.crc32 else 'holds, and its config does not list,'} {name}")
         there: dict[str, set[str]] = {}

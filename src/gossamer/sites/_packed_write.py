@@ -20,6 +20,7 @@ from gossamer.models import INDEX, PACKED, PICKLES, quiet
 from gossamer.sites._packed import LAYOUTS, Packed, Weight, checksum, opened, stop
 from gossamer.sites._sparse_linear import SparseLinear
 from gossamer.sites._walk import Target, targets
+from gossamer.sites._widths import widths_of
 
 SHARD_BYTES = 2**30
 
@@ -63,7 +64,7 @@ def write_packed(model: Any, folder: Path) -> None:
     shards.finish()
     config = copy.deepcopy(model.config)
     config.architectures, config.dtype = [type(model).__name__], str(model.dtype).removeprefix("torch.")
-    config.quantization_config = Packed(weights, crc32).to_json()
+    config.quantization_config = Packed(weights, crc32, widths_of(model)).to_json()
     with quiet():
         config.save_pretrained(folder)
         if model.can_generate():
@@ -122,6 +123,8 @@ def write_dense(source: Path, folder: Path) -> list[dict[str, Any]]:
             shutil.copyfile(other, folder / other.name)
     config = read_json(source / "config.json")
     del config["quantization_config"]
+    if packed.widths:  # dense, and still of other widths than its sizes say
+        config["quantization_config"] = Packed({}, {}, packed.widths).to_json()
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     return rows if multiplied else []
 

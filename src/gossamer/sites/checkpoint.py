@@ -204,7 +204,7 @@ def save(
                 model.save_pretrained(temporary)
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
-        write_sparsity(temporary, report.weights if report and not multiplied else rows)
+        write_sparsity(temporary, (report.weights if report and not multiplied else None) or rows)
         if report is not None:
             report.save(temporary / "report.json")
 

@@ -1,0 +1,71 @@
+"""The command that removes structure: shrink."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gossamer.cli._shared import (
+    Device,
+    Force,
+    Model,
+    Quiet,
+    Sampled,
+    Samples,
+    Seed,
+    SeqLen,
+    app,
+    device_of,
+    out,
+    progress_of,
+    speaker,
+)  # fmt: skip
+
+
+@app.command()
+def shrink(
+    model: Model,
+    method: Annotated[str, typer.Option(metavar="SPEC", help="Depth, CFSP ...: see gossamer ls structures")],
+    sparsity: Annotated[float, typer.Option(help="fraction of the parameters inside the blocks that goes, in (0, 1)")],
+    to: Annotated[Path, typer.Option("--out", metavar="DIR", help="the smaller model's directory")],
+    data: Annotated[str | None, typer.Option(help="calibration text: a file, a folder, builtin, a data set")] = None,
+    seqlen: SeqLen = 512,
+    samples: Samples = 32,
+    sample: Sampled = "random",
+    seed: Seed = 0,
+    device: Device = None,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """Remove whole blocks, heads or channels: a smaller ordinary dense model, in a new directory."""
+    from gossamer.models import resolve
+    from gossamer.sites.checkpoint import check_out
+    from gossamer.sites.shrinking import check_sparsity, opens, shrink_checkpoint, structure_of
+
+    how, say = structure_of(method), speaker(quiet)  # a slip in these shows before a model is fetched
+    check_sparsity(sparsity)
+    path = resolve(model, say=say)
+    check_out(to, path, force)
+    say(opens(how.even, to))
+    report = shrink_checkpoint(
+        path,
+        to,
+        how,
+        sparsity=sparsity,
+        data=data,
+        seqlen=seqlen,
+        samples=samples,
+        sample=sample,
+        seed=seed,
+        device=device_of(device),
+        progress=progress_of(quiet),
+        force=force,
+        name=model,
+    )
+    if quiet:
+        return
+    out.print(str(report))
+    assert report.structure is not None
+    if report.structure["plain"] != how.even:  # it came out otherwise than was to be expected
+        out.print(opens(report.structure["plain"], to))
+    out.print(f"wrote {to}; next: gossamer eval {to}")

@@ -1,0 +1,206 @@
+"""The structure site: remove whole channels, heads or blocks of a transformers model, in place."""
+
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer import structures
+from gossamer.core.errors import GossamerError
+from gossamer.core.report import Report
+from gossamer.core.spec import names_in, parse
+from gossamer.core.structure import Structure
+from gossamer.models import causal_lm, check_directory, tokenizer
+from gossamer.sites._calibrate import Batch
+from gossamer.sites._coupling import couplings
+from gossamer.sites._inputs import batches_of, check_batches
+from gossamer.sites._job import check_finite
+from gossamer.sites._rows import describe, peak_bytes
+from gossamer.sites._skeleton import ModelSkeleton, count, try_out
+from gossamer.sites._walk import blocks_of, targets
+from gossamer.sites._widths import KINDS, settle, widths_of
+from gossamer.sites.checkpoint import check_out, save
+from gossamer.sites.weights import LANES
+
+STRUCTURES = names_in(structures)
+
+
+def shrink(
+    model: nn.Module,
+    method: str | Structure,
+    *,
+    sparsity: float,
+    data: str | Path | Tensor | Sequence[Batch] | None = None,
+    tokenizer: Any = None,
+    seqlen: int = 512,
+    samples: int = 32,
+    sample: str = "random",
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    lanes: int = LANES,
+    progress: bool | None = None,
+) -> Report:
+    """Remove structure from a transformers model in place: what is left is a smaller dense one.
+
+    Args:
+        model: a transformers model; tied weights stay tied, dtypes and devices stay as they are.
+        method: a method of structure, or its spec: "Depth", "CFSP(multiple=128)".
+        sparsity: the fraction of the parameters inside the blocks that goes, in (0, 1).
+        data: calibration text (a file, a directory, "builtin", a data set's name), token ids of shape (samples, seqlen), or
+            a sequence of keyword-argument mappings for the model.
+        tokenizer: for text; by default the one saved with the model.
+        seqlen, samples, sample, seed: how windows are cut and drawn from text (see `gossamer.data`).
+        device: where blocks are worked on, one at a time; by default where the model is.
+        lanes: groups of windows that go through a block in lockstep; more use less memory.
+        progress: show a bar; by default only on a terminal.
+
+    Returns:
+        The `Report`; its ``structure`` counts parameters and blocks before and after, and says what opens the result.
+
+    Raises:
+        GossamerError: anything asked for that cannot be; the model is unchanged.
+
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> tiny = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2, vocab_size=64)
+    >>> report = shrink(LlamaForCausalLM(tiny), "Depth", sparsity=0.25, data=torch.randint(64, (4, 16)))
+    >>> report.structure["blocks"], report.structure["plain"]
+    ([4, 3], True)
+    """
+    started = time.perf_counter()
+    how = structure_of(method)
+    check_sparsity(sparsity)
+    blocks = blocks_of(model)[1]
+    for target in targets(model):
+        if target.parameter.is_meta:
+            raise GossamerError(f"{target.name} is offloaded: load the model whole to shrink it")
+        check_finite(target)
+    kinds = [kind for kind in KINDS if kind in how.removes]
+    found = {kind: couplings(model, blocks, kind) for kind in kinds}
+    batches: list[Batch] = []
+    if how.needs:
+        if data is None:
+            raise GossamerError(f"{how} needs calibration data: give data= a text file, token ids, or 'builtin'")
+        split = lambda ids: ids.tensor_split(min(lanes, len(ids)))  # noqa: E731
+        folder, place = getattr(model, "name_or_path", ""), next(model.parameters()).device
+        batches = batches_of(data, tokenizer, seqlen, samples, sample, seed, split, folder=folder, device=place)
+        check_batches(model, batches)
+    training = model.training
+    model.eval()  # dropout would blur the statistics
+    before = count(model)
+    skeleton = ModelSkeleton(model, how, batches, None if device is None else torch.device(device), progress)
+    try:
+        if batches:
+            try_out(skeleton, [by_block[0] for by_block in found.values()])
+        try:
+            how(skeleton, sparsity)
+        except ArithmeticError as error:
+            raise GossamerError(str(error)) from error
+        plain = settle(model)
+    finally:
+        model.train(training)
+    after = count(model)
+    structure = {
+        **{what: [before[what], after[what]] for what in before},
+        "sparsity": 1 - after["inside"] / before["inside"],
+        "plain": plain,
+        "widths": dict(widths_of(model)),
+    }
+    drawn = _drawn(data, batches, seqlen, samples, sample, seed)
+    return Report(
+        kind="shrink",
+        recipe={"method": repr(how), "pattern": None, "sparsity": sparsity, **drawn},
+        model=describe(model),
+        weights=[],
+        blocks=skeleton.rows,
+        structure=structure,
+        seconds={"total": time.perf_counter() - started},
+        peak_bytes=peak_bytes(),
+    )
+
+
+def shrink_checkpoint(
+    source: str | Path,
+    out: str | Path,
+    method: str | Structure,
+    *,
+    sparsity: float,
+    data: str | Path | None = None,
+    seqlen: int = 512,
+    samples: int = 32,
+    sample: str = "random",
+    seed: int = 0,
+    device: str | None = None,
+    progress: bool | None = None,
+    force: bool = False,
+    name: str | None = None,
+) -> Report:
+    """Shrink the model in ``source`` into a new directory ``out``, which appears whole or not at all; all of it is in memory.
+
+    Args:
+        source: a directory with config.json, safetensors and a tokenizer.
+        out: where the result goes; it must be empty or absent unless ``force``.
+        name: what the report calls the model.
+        others: as in `gossamer.shrink`.
+
+    Raises:
+        GossamerError: anything asked for that cannot be; ``out`` is as it was.
+    """
+    source = Path(source)
+    check_directory(source)
+    check_out(Path(out), source, force)
+    model, tokens = causal_lm(source), tokenizer(source)
+    drawn: dict[str, Any] = {"data": data, "seqlen": seqlen, "samples": samples, "sample": sample, "seed": seed}
+    report = shrink(model, method, sparsity=sparsity, tokenizer=tokens, device=device, progress=progress, **drawn)
+    report.model["name"] = name or str(source)
+    report.recipe["command"] = command_of(report.model["name"], report.recipe, str(out))
+    save(model, out, report=report, tokenizer=tokens, force=force)
+    return report
+
+
+def structure_of(method: str | Structure) -> Structure:
+    """Read a method's spec.
+
+    Raises:
+        GossamerError: there is no such method of structure.
+    """
+    found = parse(method, STRUCTURES, "structure") if isinstance(method, str) else method
+    if not isinstance(found, Structure):
+        raise GossamerError(f"{method!r} is no method of structure, such as {' or '.join(sorted(STRUCTURES))}")
+    return found
+
+
+def check_sparsity(sparsity: float) -> None:
+    if not 0 < sparsity < 1:
+        raise GossamerError(f"sparsity is the fraction of the blocks' parameters that goes, in (0, 1); got {sparsity}")
+
+
+def opens(plain: bool, folder: str | Path = "DIR") -> str:
+    """Say what loads a shrunk model."""
+    if plain:
+        return f"plain transformers opens it: from_pretrained({str(folder)!r})"
+    return (
+        f"gossamer.load({str(folder)!r}) opens it, or from_pretrained after `import gossamer.hf`: "
+        "its blocks differ in width, which transformers has no word for"
+    )
+
+
+def command_of(model: str, recipe: dict[str, Any], out: str) -> str:
+    """Return the shell command that shrinks a model by this recipe."""
+    words = ["gossamer", "shrink", model, "--method", recipe["method"], "--sparsity", str(recipe["sparsity"])]
+    for option in ("data", "seqlen", "samples", "sample", "seed"):
+        words += [f"--{option}", str(recipe[option])] if option in recipe else []
+    return shlex.join([*words, "--out", out])
+
+
+def _drawn(data: Any, batches: Sequence[Batch], seqlen: int, samples: int, sample: str, seed: int) -> dict[str, Any]:
+    """Return what a recipe says of the calibration windows."""
+    if not batches:
+        return {}
+    if isinstance(data, str | Path):
+        return {"data": str(data), "seqlen": seqlen, "samples": samples, "sample": sample, "seed": seed}
+    return {"data": "given", "samples": sum(len(next(iter(batch.values()))) for batch in batches)}

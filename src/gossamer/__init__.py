@@ -5,21 +5,21 @@ from gossamer.core.pattern import NM, Block, Channel, Pattern, Threshold, TopK, 
 from gossamer.core.report import Report
 from gossamer.core.schedule import Constant, Cosine, Cubic, Linear
 from gossamer.core.score import Score
-from gossamer.core.solver import Solver
+from gossamer.core.solver import Factorizer, Solver
 from gossamer.core.stats import Stats
 from gossamer.core.tuner import Tuner, Tuning
 from gossamer.forecast import plan
 from gossamer.merging import merge
 from gossamer.models import load
 from gossamer.recovering import recover
-from gossamer.scores import RIA, Gradient, Magnitude, Random, Wanda
+from gossamer.scores import RIA, Gradient, Magnitude, NoWagP, Random, Wanda
 from gossamer.sites.checkpoint import prune_checkpoint, save, unpack_checkpoint
 from gossamer.sites.distilling import distill
 from gossamer.sites.holding import hold
 from gossamer.sites.packing import pack, unpack
 from gossamer.sites.reconstructing import Reconstruct, reconstruct
 from gossamer.sites.weights import prune
-from gossamer.solvers import ALPS, OBERT, DSnoT, Mask, NetTrim, SparseGPT
+from gossamer.solvers import ALPS, ARMOR, OBERT, DSnoT, Mask, NetTrim, SparseGPT
 from gossamer.speed import bench
 from gossamer.tuners import AST, CAST, PERP, PST, SPP, Full, LoRAPrune, MaskLLM, MaskLoRA, ScaleLoRA
 from gossamer.tuning import tune
@@ -28,6 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ALPS",
+    "ARMOR",
     "AST",
     "CAST",
     "NM",
@@ -42,6 +43,7 @@ __all__ = [
     "Cosine",
     "Cubic",
     "DSnoT",
+    "Factorizer",
     "Full",
     "GossamerError",
     "Gradient",
@@ -52,6 +54,7 @@ __all__ = [
     "MaskLLM",
     "MaskLoRA",
     "NetTrim",
+    "NoWagP",
     "Pattern",
     "Random",
     "Reconstruct",

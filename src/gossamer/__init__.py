@@ -5,7 +5,7 @@ from gossamer.core.pattern import NM, Block, Channel, Pattern, Threshold, TopK, 
 from gossamer.core.report import Report
 from gossamer.core.schedule import Constant, Cosine, Cubic, Linear
 from gossamer.core.score import Score
-from gossamer.core.solver import Solver
+from gossamer.core.solver import Factorizer, Solver
 from gossamer.core.stats import Stats
 from gossamer.core.structure import Structure
 from gossamer.core.tuner import Tuner, Tuning
@@ -13,7 +13,7 @@ from gossamer.forecast import plan
 from gossamer.merging import merge
 from gossamer.models import load
 from gossamer.recovering import recover
-from gossamer.scores import RIA, Gradient, GraSP, Magnitude, Random, Sampled, SynFlow, Wanda
+from gossamer.scores import RIA, Gradient, GraSP, Magnitude, NoWagP, Random, Sampled, SynFlow, Wanda
 from gossamer.sites.checkpoint import prune_checkpoint, save, unpack_checkpoint
 from gossamer.sites.distilling import distill
 from gossamer.sites.holding import hold
@@ -21,7 +21,7 @@ from gossamer.sites.packing import pack, unpack
 from gossamer.sites.reconstructing import Reconstruct, reconstruct
 from gossamer.sites.shrinking import shrink
 from gossamer.sites.weights import prune
-from gossamer.solvers import ALPS, OBERT, DSnoT, Mask, NetTrim, SparseGPT
+from gossamer.solvers import ALPS, ARMOR, OBERT, Asymmetric, DSnoT, Mask, NetTrim, SparseGPT
 from gossamer.speed import bench
 from gossamer.structures import CFSP, Depth, SliceGPT, ZipLM
 from gossamer.tuners import AST, CAST, PERP, PST, SPP, Full, LoRAPrune, MaskLLM, MaskLoRA, ScaleLoRA
@@ -31,6 +31,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ALPS",
+    "ARMOR",
     "AST",
     "CAST",
     "CFSP",
@@ -40,6 +41,7 @@ __all__ = [
     "PST",
     "RIA",
     "SPP",
+    "Asymmetric",
     "Block",
     "Channel",
     "Constant",
@@ -47,6 +49,7 @@ __all__ = [
     "Cubic",
     "DSnoT",
     "Depth",
+    "Factorizer",
     "Full",
     "GossamerError",
     "GraSP",
@@ -58,6 +61,7 @@ __all__ = [
     "MaskLLM",
     "MaskLoRA",
     "NetTrim",
+    "NoWagP",
     "Pattern",
     "Random",
     "Reconstruct",

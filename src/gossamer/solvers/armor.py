@@ -31,8 +31,8 @@ class ARMOR(Factorizer):
     every row changes at once if that lowers the pair's loss, the best of all alone if only that does, and none otherwise. So
     no step raises the loss, which ends at most at NoWag-P's: ``proxy_loss`` in the report is their ratio.
 
-    Where this differs from the paper: A, B and S take exact or conjugate-gradient steps, and few, where the paper takes some
-    thousand of Adam; the group is the best one where the paper draws one by its gradient; and the norms of dead inputs are
+    Where this differs from the paper: A, B and S take exact or conjugate-gradient steps, and few, where the authors take some
+    thousands of Adam's; groups are the best ones, where the authors draw one by its gradient; and the norms of dead inputs are
     raised to 1e-4 of the mean, so that they are fitted at all.
 
     Args:

@@ -58,6 +58,10 @@ class Job:
             raise GossamerError(f"{show_method(solver)} is defined for the patterns {known}, not for {shape}")
         if shape == Unstructured():
             shape = Unstructured(per=solver.per)
+        if getattr(shape, "permute", False) and solver.needs & {"grad", "grads"}:
+            raise GossamerError(
+                f"{shape} wants the inputs of the weights, and {show_method(solver)} reads gradients: leave permute out"
+            )
         allocation = _allocation(allocate)
         own_total = shape.takes_sparsity and isinstance(allocation, allocations.mapping)  # a mapping's values are the total
         fraction = None if own_total and sparsity is None else shape.resolve(sparsity)
@@ -68,7 +72,7 @@ class Job:
     @property
     def gather(self) -> frozenset[str]:
         """What calibration has to gather for the method itself."""
-        return self.solver.needs
+        return self.solver.needs | (frozenset({"norm"}) if getattr(self.pattern, "permute", False) else frozenset())
 
     @property
     def blockwise(self) -> bool:
@@ -85,11 +89,15 @@ class Job:
         """Whether calibration windows are wanted at all."""
         return bool(self.gather) or "wanda" in self.allocation_needs
 
-    def prune(self, target: Target, stats: Sequence[Stats], sparsity: float | None) -> dict[str, Any]:
-        """Prune one weight in place and return its row of the report."""
+    def prune(
+        self, target: Target, stats: Sequence[Stats], sparsity: float | None, order: Tensor | None = None
+    ) -> dict[str, Any]:
+        """Prune one weight in place, its inputs taken in ``order`` (in,), and return its row of the report."""
         started = time.perf_counter()
         check_finite(target)
         matrices = target.matrices()
+        if order is not None:
+            matrices, stats = matrices[..., order], [known.ordered(order) for known in stats]
         for matrix, known in zip(matrices, stats, strict=True):
             try:
                 weights, _ = self.solver(matrix, known, self.pattern, sparsity)
@@ -98,6 +106,8 @@ class Job:
             if not_finite(weights):
                 raise GossamerError(f"{target.name}: {show_method(self.solver)} gave weights that are NaN or infinite")
             matrix.copy_(weights)
+        if order is not None:
+            target.matrices().copy_(matrices[..., order.argsort()])
         return {**row(target), **told(stats), "seconds": time.perf_counter() - started}
 
 

@@ -24,6 +24,7 @@ from gossamer.sites._gradients import gradients
 from gossamer.sites._inputs import calibration_batches, check_batches
 from gossamer.sites._job import Job, command_of, recipe_of, select_targets, show_method
 from gossamer.sites._packed_write import packed_row, sparse_layers, write_dense, write_packed
+from gossamer.sites._permute import Permutation
 from gossamer.sites._rows import describe, peak_bytes, phases, row
 from gossamer.sites._run import Run, write_sparsity
 from gossamer.sites._stream import Checkpoint
@@ -95,7 +96,7 @@ def prune_checkpoint(
         grads = gradients(model, batches, chosen) if "grad" in job.gather else {}
         if "grads" in job.gather:  # these come through the pruned blocks before, which are not read back: start over
             run.state |= {"done": 0, "rows": []}
-        rows = run.state["rows"]
+        rows, permutation = run.state["rows"], Permutation(job)
         before = run.start()
 
         with bar(len(chosen), f"{show_method(job.solver)} {job.pattern}", progress) as shown:
@@ -107,12 +108,13 @@ def prune_checkpoint(
 
                 def visit(target: Any, stats: Any) -> None:
                     shown.set_postfix_str(target.name.removesuffix(".weight"), refresh=False)
-                    rows.append(job.prune(target, stats, sparsities[target.name]))
+                    rows.append(job.prune(target, stats, sparsities[target.name], permutation.order(target, stats)))
                     shown.update()
 
                 checkpoint.fetch(list_name, index)
                 if walk is not None:
-                    walk.block(index, inside, visit)
+                    with permutation.block(walk, index, inside):
+                        walk.block(index, inside, visit)
                 else:
                     each = gradients(model, batches, inside, each=True) if "grads" in job.gather else {}
                     for target in inside:

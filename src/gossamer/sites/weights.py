@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from gossamer.sites._calibrate import Batch, Calibration, Visit
 from gossamer.sites._gradients import gradients
 from gossamer.sites._inputs import calibration_batches, check_batches
 from gossamer.sites._job import Job, check_finite, recipe_of, select_targets, show_method
+from gossamer.sites._permute import Permutation
 from gossamer.sites._rows import describe, peak_bytes, phases
 from gossamer.sites._walk import Target
 
@@ -123,10 +125,11 @@ def _prune_all(
 
         def visit(target: Target, stats: list[Stats]) -> None:
             shown.set_postfix_str(target.name.removesuffix(".weight"), refresh=False)
-            rows[target.name] = job.prune(target, stats, sparsities[target.name])
+            rows[target.name] = job.prune(target, stats, sparsities[target.name], permutation.order(target, stats))
             shown.update()
 
-        visit_all(model, job.gather, chosen, batches, device, visit)
+        permutation = Permutation(job)
+        visit_all(model, job.gather, chosen, batches, device, visit, permutation)
     return [rows[target.name] for target in chosen]
 
 
@@ -137,12 +140,15 @@ def visit_all(
     batches: Sequence[Batch],
     device: torch.device | None,
     visit: Visit,
+    permutation: Permutation | None = None,
 ) -> None:
     """Hand over every target once with the statistics named in ``gather``, block by block where these come from inputs."""
     if gather & INPUTS:
         walk = Calibration(model, batches, gather, device=device)
         for index in range(len(walk.blocks)):
-            walk.block(index, [target for target in chosen if target.block == index], visit)
+            inside = [target for target in chosen if target.block == index]
+            with permutation.block(walk, index, inside) if permutation else nullcontext():
+                walk.block(index, inside, visit)
         return
     grads = gradients(model, batches, chosen) if "grad" in gather else {}
     for block in dict.fromkeys(target.block for target in chosen):

@@ -31,6 +31,7 @@ CASES = [
     ("ALPS", "2:4", None, "uniform"),
     ("DSnoT", "Unstructured", 0.5, "uniform"),
     ("Asymmetric(SparseGPT())", "2:4", None, "uniform"),
+    ("SparseGPT", "NM(2, 4, permute=True)", None, "uniform"),
     ("OBERT", "1x4", 0.5, "uniform"),
     ("SynFlow(rounds=3)", "Unstructured", 0.6, "global_"),
     ("GraSP", "Unstructured", 0.5, "uniform"),

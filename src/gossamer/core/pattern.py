@@ -157,10 +157,15 @@ class Unstructured(Pattern):
 
 @spec
 class NM(Pattern):
-    """``n`` kept of every ``m`` consecutive entries along the input (last) dimension; written ``2:4``."""
+    """``n`` kept of every ``m`` consecutive entries along the input (last) dimension; written ``2:4``.
+
+    With ``permute`` (``NM(2, 4, permute=True)``) the inputs of a weight that can take them in another order are put in one
+    in which more of the score is kept. The mask of a tensor on its own is the same.
+    """
 
     n: int
     m: int
+    permute: bool = False
     shorthand: ClassVar[str | None] = r"(\d+):(\d+)"
     takes_sparsity: ClassVar[bool] = False
 
@@ -169,7 +174,7 @@ class NM(Pattern):
             raise GossamerError(f"N:M keeps n of every m with 0 < n < m; got {self.n}:{self.m}")
 
     def __repr__(self) -> str:
-        return f"{self.n}:{self.m}"
+        return f"NM({self.n}, {self.m}, permute=True)" if self.permute else f"{self.n}:{self.m}"
 
     @property
     def sparsity(self) -> float:

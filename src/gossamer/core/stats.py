@@ -84,6 +84,16 @@ class Stats:
             self.gram[start:, start:stop].addmm_(x[:, start:].T, x[:, start:stop])
         self.square_sum = self.gram.diagonal()
 
+    def ordered(self, order: Tensor) -> "Stats":
+        """Return the same statistics with the inputs in another order, shape (in,), as new tensors."""
+        stats = Stats(0)
+        stats.tokens, stats.white, stats.notes = self.tokens, self.white, self.notes
+        stats.square_sum = self.square_sum[order]
+        stats.total = None if self.total is None else self.total[order]
+        stats.gram = None if self.gram is None else self.symmetric_gram()[order][:, order]
+        stats.cross = None if self.cross is None else self.cross[order][:, order]
+        return stats
+
     @property
     def norm(self) -> Tensor:
         """‖x_j‖₂ of each input feature over all calibration tokens, shape (in,)."""

@@ -1,6 +1,7 @@
 """What an allocation has to see of the dense model, and the sparsity of each target that it returns."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from gossamer.core.stats import INPUTS, Stats
 from gossamer.sites._calibrate import Batch, Calibration, Visit
 from gossamer.sites._gradients import gradients
 from gossamer.sites._job import Job
+from gossamer.sites._permute import Permutation
 from gossamer.sites._walk import Target
 from gossamer.sites._whole import Whole, fill, losses, measured
 
@@ -104,6 +106,7 @@ def visit_all(
     batches: Sequence[Batch],
     device: torch.device | None,
     visit: Visit,
+    permutation: Permutation | None = None,
 ) -> None:
     """Hand over every target once with the statistics named in ``gather``, block by block where these come from inputs."""
     whole = measured(model, gather, batches, chosen)
@@ -111,7 +114,8 @@ def visit_all(
         walk = Calibration(model, batches, gather, device=device)
         for index in range(len(walk.blocks)):
             inside = [target for target in chosen if target.block == index]
-            walk.block(index, inside, lambda target, stats: visit(target, fill(target, stats, whole)))
+            with permutation.block(walk, index, inside) if permutation else nullcontext():
+                walk.block(index, inside, lambda target, stats: visit(target, fill(target, stats, whole)))
         return
     for block in dict.fromkeys(target.block for target in chosen):
         inside = [target for target in chosen if target.block == block]

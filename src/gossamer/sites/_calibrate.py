@@ -111,11 +111,12 @@ class Calibration:
                 stack.enter_context(hooked(double.register_forward_pre_hook(arrive)))
 
     @torch.no_grad()
-    def calls(self, index: int, module: nn.Module, *, answered: bool = True) -> list["Call"]:
+    def calls(self, index: int, module: nn.Module, *, answered: bool = True, lanes: int | None = None) -> list["Call"]:
         """Return how each lane calls a module: block ``index`` itself, or one in it. Nothing is gathered, and nothing changed.
 
         Args:
             answered: run the module and return its outputs too; otherwise the pass stops before it.
+            lanes: only the first so many.
         """
         found: list[Call] = []
         with self._entered(index) as (_, home), ExitStack() as stack:
@@ -126,7 +127,7 @@ class Calibration:
 
             register = module.register_forward_hook if answered else module.register_forward_pre_hook
             stack.enter_context(hooked(register(stop, with_kwargs=True)))
-            for lane in range(len(self.batches)):
+            for lane in range(len(self.batches))[:lanes]:
                 self._pass(lane)
         return found
 

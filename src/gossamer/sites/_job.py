@@ -62,6 +62,11 @@ class Job:
             raise GossamerError(f"{show_method(solver)} is defined for the patterns {known}, not for {shape}")
         if shape == Unstructured():
             shape = Unstructured(per=solver.per)
+        if getattr(shape, "permute", False) and (solver.needs & WHOLE or isinstance(solver, Factorizer)):
+            why = "puts a product there" if isinstance(solver, Factorizer) else "reads gradients"
+            raise GossamerError(
+                f"{shape} orders the inputs of single weights, and {show_method(solver)} {why}: leave permute out"
+            )
         allocation = _allocation(allocate)
         own_total = shape.takes_sparsity and allocations.sets_total(allocation)
         fraction = None if own_total and sparsity is None else shape.resolve(sparsity)
@@ -78,7 +83,7 @@ class Job:
     @property
     def gather(self) -> frozenset[str]:
         """What calibration has to gather for the method itself."""
-        return self.solver.needs
+        return self.solver.needs | (frozenset({"norm"}) if getattr(self.pattern, "permute", False) else frozenset())
 
     @property
     def blockwise(self) -> bool:
@@ -138,12 +143,19 @@ class Job:
                 raise GossamerError(f"{show_method(self.solver)} {told}, and {target.name} is {kind}: leave it out of targets=")
             self.solver.check((shape[0], shape[1]), self.pattern, target.name)
 
-    def prune(self, target: Target, stats: Sequence[Stats], sparsity: float | None) -> tuple[dict[str, Any], Format | None]:
-        """Prune one weight in place; return its row of the report, and of a method that factorizes the product."""
+    def prune(
+        self, target: Target, stats: Sequence[Stats], sparsity: float | None, order: Tensor | None = None
+    ) -> tuple[dict[str, Any], Format | None]:
+        """Prune one weight in place, its inputs taken in ``order`` (in,).
+
+        Return its row of the report, and of a method that factorizes the product.
+        """
         started = time.perf_counter()
         check_finite(target)
         matrices = target.matrices()
         packed = None
+        if order is not None:
+            matrices, stats = matrices[..., order], [known.ordered(order) for known in stats]
         for matrix, known in zip(matrices, stats, strict=True):
             try:
                 weights, packed = self.solve(matrix, known, sparsity)
@@ -152,6 +164,8 @@ class Job:
             if not_finite(weights):
                 raise GossamerError(f"{target.name}: {show_method(self.solver)} gave weights that are NaN or infinite")
             matrix.copy_(weights)
+        if order is not None:
+            target.matrices().copy_(matrices[..., order.argsort()])
         found_row = {**row(target), **told(stats)}
         if packed is not None:
             found_row |= wrapped(target, packed)

@@ -26,6 +26,7 @@ from gossamer.sites._calibrate import Batch, Calibration
 from gossamer.sites._inputs import calibration_batches, check_batches
 from gossamer.sites._job import Job, command_of, recipe_of, select_targets, show_method
 from gossamer.sites._packed_write import packed_row, sparse_layers, with_products, write_dense, write_packed
+from gossamer.sites._permute import Permutation
 from gossamer.sites._rows import describe, peak_bytes, phases, row
 from gossamer.sites._run import Run, write_sparsity
 from gossamer.sites._stream import Checkpoint
@@ -100,7 +101,7 @@ def prune_checkpoint(
         whole = measured(model, job.gather, batches, chosen)
         if "grads" in job.gather:  # these come through the pruned blocks before, which are not read back: start over
             run.state |= {"done": 0, "rows": []}
-        rows = run.state["rows"]
+        rows, permutation = run.state["rows"], Permutation(job)
         products: dict[Target, Format] = {}  # of the block in hand
         before = run.start()
 
@@ -113,7 +114,8 @@ def prune_checkpoint(
 
                 def visit(target: Any, stats: Any) -> None:
                     shown.set_postfix_str(target.name.removesuffix(".weight"), refresh=False)
-                    found, product = job.prune(target, fill(target, stats, whole), sparsities[target.name])
+                    stats = fill(target, stats, whole)
+                    found, product = job.prune(target, stats, sparsities[target.name], permutation.order(target, stats))
                     rows.append(found)
                     if product is not None:
                         products[target] = product
@@ -122,7 +124,8 @@ def prune_checkpoint(
                 products.clear()
                 checkpoint.fetch(list_name, index)
                 if walk is not None:
-                    walk.block(index, inside, visit)
+                    with permutation.block(walk, index, inside):
+                        walk.block(index, inside, visit)
                 else:
                     each = own_gradients(model, job.gather, batches, inside)
                     for target in inside:

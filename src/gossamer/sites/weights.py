@@ -20,6 +20,7 @@ from gossamer.sites._allocated import bar as bar
 from gossamer.sites._calibrate import Batch
 from gossamer.sites._inputs import calibration_batches, check_batches
 from gossamer.sites._job import Job, check_finite, recipe_of, select_targets, show_method
+from gossamer.sites._permute import Permutation
 from gossamer.sites._rows import describe, peak_bytes, phases
 from gossamer.sites._swap import swap_in
 from gossamer.sites._walk import Target
@@ -127,12 +128,14 @@ def _prune_all(
 
         def visit(target: Target, stats: list[Stats]) -> None:
             shown.set_postfix_str(target.name.removesuffix(".weight"), refresh=False)
-            rows[target.name], product = job.prune(target, stats, sparsities[target.name])
+            order = permutation.order(target, stats)
+            rows[target.name], product = job.prune(target, stats, sparsities[target.name], order)
             if product is not None:
                 packed[target] = product
             shown.update()
 
-        visit_all(model, job.gather, chosen, batches, device, visit)
+        permutation = Permutation(job)
+        visit_all(model, job.gather, chosen, batches, device, visit, permutation)
     return [rows[target.name] for target in chosen], packed
 
 

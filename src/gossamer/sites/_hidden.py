@@ -112,7 +112,7 @@ def _offset(model: str, norm: Any, width: int) -> float:
         GossamerError: it is another function than x · gain / √(mean x² + ε), ε small.
     """
     x = torch.randn(4, width, generator=torch.Generator().manual_seed(0)).to(norm.weight)
-    x += 0.5  # a norm that took the mean away would show
+    x = 100 * (x + 0.5)  # so that ε is nothing, and that a norm that took the mean away would show
     plain = x.double() / x.double().square().mean(-1, keepdim=True).sqrt()
     for offset in (0.0, 1.0):
         wanted = plain * (norm.weight.double() + offset)

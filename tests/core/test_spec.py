@@ -57,9 +57,13 @@ VALUES = [
     scores.Gradient(),
     scores.Random(),
     scores.Random(7),
+    scores.NoWagP(),
     solvers.SparseGPT(),
     solvers.SparseGPT(damp=0.02, block=64),
     solvers.ALPS(),
+    solvers.ARMOR(block=32),
+    solvers.Asymmetric(solvers.ALPS(steps=9), share=0.5),
+    pattern.NM(2, 4, permute=True),
     solvers.DSnoT(init=solvers.SparseGPT(damp=0.02), cycles=9),
     solvers.NetTrim(eps=0.1),
     solvers.OBERT(block=16),
@@ -169,7 +173,7 @@ def test_an_unknown_name_gives_the_nearest(text: str, nearest: str) -> None:
 
 
 def test_a_name_like_no_other_gives_them_all() -> None:
-    with pytest.raises(GossamerError, match="known: GraSP, Gradient, Magnitude, RIA, Random, Sampled, SynFlow, Wanda"):
+    with pytest.raises(GossamerError, match="known: GraSP, Gradient, Magnitude, NoWagP, RIA, Random, Sampled, SynFlow, Wanda"):
         parse("qqqqqq", {name: NAMES[name] for name in scores.__all__})
 
 

@@ -172,6 +172,8 @@ class NM(Pattern):
     def __post_init__(self) -> None:
         if not (isinstance(self.n, int) and isinstance(self.m, int) and 0 < self.n < self.m):
             raise GossamerError(f"N:M keeps n of every m with 0 < n < m; got {self.n}:{self.m}")
+        if not isinstance(self.permute, bool):
+            raise GossamerError(f"NM(permute=...) is True or False, not {self.permute!r}")
 
     def __repr__(self) -> str:
         return f"NM({self.n}, {self.m}, permute=True)" if self.permute else f"{self.n}:{self.m}"

@@ -83,9 +83,7 @@ def compare(
     for job in jobs:
         select_targets(structure, job, targets, weightless=True)
         if speed and job.factorizes:
-            raise GossamerError(
-                f"{show_method(job.solver)} leaves nothing to pack, so it cannot be timed: leave --speed out"
-            )
+            raise GossamerError(f"{show_method(job.solver)} leaves nothing to pack, so it cannot be timed: leave --speed out")
     if any(job.needs_data for job in jobs):
         known = calibration(data, tokens, seqlen=seqlen, samples=samples, sample=sample, seed=seed)  # type: ignore[arg-type]
         check_ids(structure, known)

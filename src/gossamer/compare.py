@@ -188,7 +188,7 @@ def compare(
         again = f"seed {seed + turn}" if turn else ""
         label = " ".join(filter(None, [show_method(job.solver), str(job.pattern), _at(job), again]))
         saved = folder / "models" / _slug(label) if keep_models else None
-        timed = speed and not turn
+        timed = speed and not turn and not job.factorizes  # whose products are run as they are: there is nothing to pack
         run = partial(pruned, job, label, saved, targets, timed, seed + turn)
         document["runs"].append(once(label, run, show(job.allocation) + (" timed" if timed else "") + answered, saved))
         write_text(folder / "compare.json", json.dumps(document, indent=1) + "\n")

@@ -235,6 +235,19 @@ def test_what_cannot_be_is_one_line_and_changes_nothing(case: str, source: Path,
     assert not (tmp_path / "out").exists()
 
 
+def test_a_comparison_takes_it_but_not_timed(source: Path, text: Path, tmp_path: Path) -> None:
+    from gossamer.compare import compare
+
+    how: dict[str, Any] = {"data": str(text), "seqlen": 16, "samples": 8, "windows": 4, "progress": False}
+    (timed,) = compare(source, [METHOD], ["2:4"], [], tmp_path / "timed", speed=True, **how)["runs"]
+    assert timed["speed"] is None
+    found = compare(source, ["Magnitude", METHOD], ["2:4"], [], tmp_path / "out", keep_models=True, **how)
+    plain, ours = found["runs"]
+    assert plain["totals"]["sparsity"] == ours["totals"]["sparsity"] == 0.5
+    assert plain["totals"]["bytes_bitmask"] < ours["totals"]["bytes_bitmask"]
+    assert ours["evaluation"]["perplexity"] > 0
+
+
 def test_stacked_experts_are_refused() -> None:
     with pytest.raises(GossamerError, match="is a stack of experts: leave it out of targets="):
         factorized("mixtral")

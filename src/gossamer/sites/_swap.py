@@ -17,6 +17,7 @@ def swap_in(model: nn.Module, layouts: Mapping[Target, Format], kernel: str = "a
     for target, packed in layouts.items():
         bias: Any = target.module.bias
         layer = SparseLinear(packed, bias, kernel=kernel, transposed=target.transposed)
+        layer.to(target.parameter.device)  # it may have been made elsewhere
         model.set_submodule(target.name.removesuffix(".weight"), layer.train(target.module.training))
     if layouts:
         mark(model)

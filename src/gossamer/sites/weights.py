@@ -124,14 +124,16 @@ def _prune_all(
 ) -> tuple[list[dict[str, Any]], dict[Target, Format]]:
     rows: dict[str, dict[str, Any]] = {}
     packed: dict[Target, Format] = {}
+    home = {target: target.parameter.device for target in chosen}
     with bar(len(chosen), f"{show_method(job.solver)} {job.pattern}", progress) as shown:
 
         def visit(target: Target, stats: list[Stats]) -> None:
             shown.set_postfix_str(target.name.removesuffix(".weight"), refresh=False)
             order = permutation.order(target, stats)
             rows[target.name], product = job.prune(target, stats, sparsities[target.name], order)
-            if product is not None:
-                packed[target] = product
+            if product is not None:  # the device has one block at a time
+                tensors = {name: tensor.to(home[target]) for name, tensor in product.tensors(derived=True).items()}
+                packed[target] = replace(product, **tensors)  # type: ignore[type-var]
             shown.update()
 
         permutation = Permutation(job)

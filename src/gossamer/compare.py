@@ -18,8 +18,9 @@ from gossamer.data import evaluation as evaluation_windows
 from gossamer.evaluate import check_ids, known_tasks, perplexity
 from gossamer.evaluate import tasks as measured_tasks
 from gossamer.models import causal_lm, check_directory, skeleton, tokenizer
-from gossamer.sites._job import Job, check_finite, command_of, select_targets, show_method
+from gossamer.sites._job import Job, check_finite, select_targets, show_method
 from gossamer.sites._jobs import EVERY, jobs_of
+from gossamer.sites._recipe import command_of
 from gossamer.sites._rows import describe, peak_bytes, restart_peak
 from gossamer.sites._walk import targets as find_targets
 from gossamer.sites.checkpoint import save

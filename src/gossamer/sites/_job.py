@@ -1,10 +1,8 @@
 """A pruning job: method, pattern, sparsity and allocation, read and checked before anything is touched."""
 
-import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,6 +54,9 @@ class Job:
         solver = solvers.Mask(chosen) if isinstance(chosen, Score) else chosen
         if not isinstance(solver, Solver | Factorizer):
             raise GossamerError(f"{method!r} is no method: it wants a Score, a Solver or a Factorizer")
+        inner = getattr(solver, "init", None) or getattr(solver, "method", None)
+        if getattr(inner, "rounds", 1) > 1:
+            raise GossamerError(f"{show(inner)} reaches a sparsity in rounds, which no method around it does: take it alone")
         shape = pattern_of(pattern)
         if not isinstance(shape, solver.patterns):
             known = ", ".join(p.__name__ for p in solver.patterns)
@@ -186,9 +187,10 @@ def select_targets(model: nn.Module, job: Job, expression: str | None, *, weight
     """Return the targets, all of which the pattern fits; ``weightless`` for a model that has no weights yet."""
     chosen = targets(model, expression)
     outside = [target.name for target in chosen if target.block is None]
-    if outside and job.gather & INPUTS:
+    if outside and (job.wants & INPUTS or "errors" in job.allocation_needs):
+        wants = show_method(job.solver) if job.gather & INPUTS else f"allocate={show(job.allocation)}"
         raise GossamerError(
-            f"{outside[0]} stands outside the blocks, where {show_method(job.solver)} has no calibration; "
+            f"{outside[0]} stands outside the blocks, where {wants} has no calibration; "
             "prune it with a data-free method such as Magnitude"
         )
     offloaded = [target.name for target in chosen if target.parameter.is_meta]
@@ -197,25 +199,6 @@ def select_targets(model: nn.Module, job: Job, expression: str | None, *, weight
     for target in chosen:
         job.check(target)
     return chosen
-
-
-def recipe_of(
-    job: Job, *, data: Any, batches: Sequence[Mapping[str, Tensor]], targets: str | None, **how: Any
-) -> dict[str, Any]:
-    """Return everything that decides the result, as spec strings and numbers."""
-    recipe = {
-        "method": show_method(job.solver),
-        "pattern": str(job.pattern),
-        "sparsity": job.sparsity,
-        "allocate": show(job.allocation) if callable(job.allocation) else dict(job.allocation),
-        "targets": targets,
-    }
-    if job.needs_data:
-        if isinstance(data, str | Path):
-            recipe |= {"data": str(data), **how}
-        else:
-            recipe |= {"data": "given", "samples": sum(len(next(iter(b.values()))) for b in batches)}
-    return recipe
 
 
 def check_finite(target: Target) -> None:
@@ -235,18 +218,6 @@ def pattern_of(pattern: str | Pattern) -> Pattern:
     if not isinstance(shape, Pattern):
         raise GossamerError(f"{pattern!r} is no pattern, such as 2:4 or Unstructured")
     return shape
-
-
-def command_of(model: str, recipe: Mapping[str, Any], out: str) -> str:
-    """Return the shell command that prunes a model by this recipe."""
-    words = ["gossamer", "prune", model, "--method", recipe["method"], "--pattern", recipe["pattern"]]
-    if pattern_of(recipe["pattern"]).takes_sparsity and recipe["sparsity"] is not None:
-        words += ["--sparsity", str(recipe["sparsity"])]
-    if recipe["allocate"] != "uniform":
-        words += ["--allocate", str(recipe["allocate"])]
-    options = ("targets", "data", "seqlen", "samples", "sample", "seed")
-    words += [word for option in options if recipe.get(option) is not None for word in (f"--{option}", str(recipe[option]))]
-    return shlex.join([*words, "--out", out])
 
 
 def _wrapped(factors: Factors, pattern: Pattern, dtype: torch.dtype) -> formats.Wrapped:

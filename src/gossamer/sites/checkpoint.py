@@ -24,9 +24,10 @@ from gossamer.models import check_directory, quiet, skeleton
 from gossamer.sites._allocated import allocated, bar, blank_stats, own_gradients
 from gossamer.sites._calibrate import Batch, Calibration
 from gossamer.sites._inputs import calibration_batches, check_batches
-from gossamer.sites._job import Job, command_of, recipe_of, select_targets, show_method
+from gossamer.sites._job import Job, select_targets, show_method
 from gossamer.sites._packed_write import packed_row, sparse_layers, with_products, write_dense, write_packed
 from gossamer.sites._permute import Permutation
+from gossamer.sites._recipe import command_of, recipe_of
 from gossamer.sites._rows import describe, peak_bytes, phases, row
 from gossamer.sites._run import Run, write_sparsity
 from gossamer.sites._stream import Checkpoint

@@ -19,8 +19,9 @@ from gossamer.sites._allocated import allocated, visit_all
 from gossamer.sites._allocated import bar as bar
 from gossamer.sites._calibrate import Batch
 from gossamer.sites._inputs import calibration_batches, check_batches
-from gossamer.sites._job import Job, check_finite, recipe_of, select_targets, show_method
+from gossamer.sites._job import Job, check_finite, select_targets, show_method
 from gossamer.sites._permute import Permutation
+from gossamer.sites._recipe import recipe_of
 from gossamer.sites._rows import describe, peak_bytes, phases
 from gossamer.sites._swap import swap_in
 from gossamer.sites._walk import Target

@@ -68,8 +68,11 @@ class Calibration:
         gatherer = Gatherer(by_module, self.needs)
         order = {module: position for position, module in enumerate(by_module)}
 
+        done: set[nn.Module] = set()
+
         def deal_with(module: object) -> None:
             assert isinstance(module, nn.Module)
+            done.add(module)
             for target in by_module[module]:
                 visit(target, gatherer.take(target))
             give_back()
@@ -86,7 +89,7 @@ class Calibration:
             # The dense lanes first: what they bring to a module is there when the others come.
             lockstep([self._body(i) for i in (*range(count, len(self.lanes)), *range(count))], lambda m: order[m], deal_with)  # type: ignore[index]
             for module in by_module:
-                if module not in gatherer.seen:  # no token came this way: an expert kept in a module of its own
+                if module not in done:  # no token came this way: an expert kept in a module of its own
                     deal_with(module)
         give_back()
 

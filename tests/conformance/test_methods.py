@@ -15,7 +15,7 @@ from gossamer.core.solver import Factorizer, Solver
 from gossamer.core.spec import parse
 from gossamer.core.stats import Stats
 from gossamer.scores import Magnitude
-from gossamer.sites._job import ALLOCATIONS, METHODS, PATTERNS, Job
+from gossamer.sites._job import ALLOCATIONS, METHODS, PATTERNS, WHOLE, Job
 from gossamer.sites._walk import targets
 from tests.sites.families import causal, ids
 
@@ -53,7 +53,7 @@ def cases() -> Iterator[Any]:
         for pattern_name, specs in EXAMPLES.items():
             fits = isinstance(method, Score) or issubclass(PATTERNS[pattern_name], method.patterns)
             for spec, sparsity in specs if fits else ():
-                if "permute" in spec and method.needs & {"grad", "grads"}:
+                if "permute" in spec and method.needs & WHOLE:
                     continue  # refused: it wants the inputs
                 for stored, family in STORED.items():
                     yield pytest.param(method, spec, sparsity, family, id=f"{name}-{spec}-{stored}")

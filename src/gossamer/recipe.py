@@ -164,10 +164,11 @@ class _Bench:
             self.here = self.folder / f"{place}-{step.verb}"
             if not self.here.is_dir():
                 raise GossamerError(f"{self.here} is gone, and the steps after it need it: --force starts over")
-            recipe = found["recipe"]
-            if step.verb == "prune" or recipe["pattern"] != self.runs[-1]["recipe"]["pattern"]:
-                mixed = pattern_of(recipe["pattern"]).grain is not None and recipe.get("allocate", "uniform") != "uniform"
-                self.pattern = None if mixed else recipe["pattern"]  # an n of its own for each weight: packed as a bitmask
+            recipe, before = found["recipe"], self.runs[-1]["recipe"]["pattern"] if self.runs else None
+            own = recipe["pattern"]  # none where structure was removed
+            if step.verb == "prune" or own != before:
+                mixed = own is not None and pattern_of(own).grain is not None and recipe.get("allocate", "uniform") != "uniform"
+                self.pattern = None if mixed else own  # an n of its own for each weight: packed as a bitmask
             self.runs.append(found)
         elif step.verb == "evaluate":
             self.dense = found["dense"]

@@ -33,7 +33,7 @@ def search(scores: Tensor, n: int, m: int) -> Tensor:
         gain.fill_diagonal_(0)
         swapped = gain < gain.T  # which of the two gives its p-th
         gain = torch.maximum(gain, gain.T)
-        while len(pair := _pairs(gain, 1e-5 * float(keeps.mean()))):
+        while len(pair := _pairs(gain, 1e-5 * abs(float(keeps.mean())))):
             a, b = torch.where(swapped[pair[:, :1], pair[:, 1:]], pair.flip(1), pair).unbind(1)
             groups[a, p], groups[b, q] = groups[b, q], groups[a, p]
             gain[pair.flatten()] = gain[:, pair.flatten()] = 0

@@ -173,7 +173,7 @@ def compare(
             report.speed = decoding(model, job.pattern, progress=progress)
         return report.to_json()
 
-    answered = "" if tasks is None else f" {tasks} {limit}"
+    answered = "" if tasks is None else f" {tasks} {tasks_dir} {limit}"
     reference = once("dense", dense, answered)
     document: dict[str, Any] = {
         "format": FORMAT,

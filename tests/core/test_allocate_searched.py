@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gossamer.core.allocate import in_steps, searched
-from gossamer.core.allocate._searched import cheapest
 from gossamer.core.errors import GossamerError
+from gossamer.core.levels import cheapest
 
 tables = st.lists(st.tuples(st.integers(1, 4), st.lists(st.integers(0, 20), min_size=4, max_size=4)), min_size=1, max_size=4)
 
@@ -25,7 +25,7 @@ def test_the_search_is_exact(table: list[tuple[int, list[int]]], share: float) -
     ways = itertools.product(range(4), repeat=len(table))
     total = {way: sum(n * k for n, k in zip(sizes, way, strict=True)) for way in ways}
     price = {way: sum(cost[k] for cost, k in zip(costs, way, strict=True)) for way in total if total[way] >= least}
-    found = tuple(cheapest(costs, sizes, least, most))
+    found = tuple(cheapest(costs, [[size * k for k in range(len(costs[0]))] for size in sizes], least, most))
     assert total[found] >= least
     assert price[found] == min(price.values())
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gossamer.core.errors import GossamerError
-from gossamer.core.levels import cheapest
+from gossamer.core.levels import within
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -15,7 +15,7 @@ def test_no_combination_within_the_budget_is_cheaper(seed: int) -> None:
     costs = [torch.rand(n, generator=generator).tolist() for n in (3, 4, 2, 5)]
     sizes = [torch.randint(1, 30, (n,), generator=generator).tolist() for n in (3, 4, 2, 5)]
     budget = sum(map(min, sizes)) + 0.4 * (sum(map(max, sizes)) - sum(map(min, sizes)))
-    picked = cheapest(costs, sizes, budget)
+    picked = within(costs, sizes, budget)
     every = [
         sum(c[level] for c, level in zip(costs, levels, strict=True))
         for levels in itertools.product(*(range(len(c)) for c in costs))
@@ -26,7 +26,7 @@ def test_no_combination_within_the_budget_is_cheaper(seed: int) -> None:
 
 
 def test_the_budget_may_be_met_exactly_or_not_at_all() -> None:
-    assert cheapest([[0.0, 1.0], [0.0, 1.0]], [[7.0, 3.0], [7.0, 3.0]], 10.0) in ([0, 1], [1, 0])
-    assert cheapest([[0.0, 1.0]], [[7.0, 3.0]], 3.0) == [1]
+    assert within([[0.0, 1.0], [0.0, 1.0]], [[7.0, 3.0], [7.0, 3.0]], 10.0) in ([0, 1], [1, 0])
+    assert within([[0.0, 1.0]], [[7.0, 3.0]], 3.0) == [1]
     with pytest.raises(GossamerError, match="the smallest levels come to 6, and the budget is 5"):
-        cheapest([[0.0, 1.0], [0.0, 1.0]], [[7.0, 3.0], [7.0, 3.0]], 5.0)
+        within([[0.0, 1.0], [0.0, 1.0]], [[7.0, 3.0], [7.0, 3.0]], 5.0)

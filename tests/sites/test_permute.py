@@ -47,7 +47,7 @@ def test_a_folded_order_changes_nothing_but_the_order(family: str) -> None:
     walk = Calibration(model, [{"input_ids": ids()}], frozenset({"norm"}))
     found = set()
     for target in targets(model):
-        channels = channels_of(walk.blocks[target.block], target)
+        channels = channels_of(model, walk.blocks[target.block], target)
         if channels is None:
             continue
         found.add(target.name.split(".")[-2])

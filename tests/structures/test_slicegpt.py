@@ -133,5 +133,18 @@ def test_a_norm_that_takes_the_mean_away_is_refused() -> None:
 
 @pytest.mark.parametrize("sparsity", [0.05, 0.95])
 def test_sparsities_of_nothing_or_all_are_refused(sparsity: float) -> None:
-    with pytest.raises(gossamer.GossamerError, match=r"directions at a sparsity of .*; give from 0.250 to 0.750"):
+    with pytest.raises(gossamer.GossamerError, match=r"would leave (0|32) of 32 directions: give another"):
         gossamer.shrink(causal("llama"), "SliceGPT", sparsity=sparsity, data=ids())
+
+
+def test_the_width_is_one_that_its_configuration_may_have(tmp_path: Path) -> None:
+    """transformers refuses to save, and to open, hidden states that the heads do not divide."""
+    model = causal("llama", hidden_size=36, num_attention_heads=3, num_key_value_heads=3, head_dim=12)
+    report = gossamer.shrink(model, "SliceGPT", sparsity=0.05, data=ids())
+    assert model.config.hidden_size == 33, "34 is nearer to 0.95 of 36"
+    assert report.structure is not None
+    gossamer.save(model, tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(again(ids()).logits, model(ids()).logits)
+    with pytest.raises(gossamer.GossamerError, match="not a multiple of the number of attention heads"):
+        gossamer.shrink(causal("llama"), "SliceGPT(multiple=31)", sparsity=0.03, data=ids())

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import gossamer
-from gossamer.core.levels import cheapest
+from gossamer.core.levels import within
 from gossamer.core.surgeon import refit, remove
 from tests.sites.families import causal, ids
 
@@ -54,7 +54,7 @@ def test_the_whole_of_it_by_another_road(tiny_llama: Callable[..., Any]) -> None
         # a head group: 16 rows of q, 8 of k and of v, 16 columns of o, 32 long each; a channel: three vectors of 32
         sizes.append([(groups - k) * (48 * 32 if n > 1 else 96) for k in own])
     inside = sum(p.numel() for p in whole.model.layers.parameters())
-    picked = cheapest(costs, sizes, sum(s[0] for s in sizes) - 0.4 * inside)
+    picked = within(costs, sizes, sum(s[0] for s in sizes) - 0.4 * inside)
     left = [w // n - own[level] for w, n, own, level in zip((32, 32, 64, 64), width, levels, picked, strict=True)]
     assert [r.get("heads", [2, 2])[1] for r in report.blocks] == left[:2]
     assert [r.get("channels", [64, 64])[1] for r in report.blocks] == left[2:]

@@ -105,6 +105,14 @@ class Skeleton(ABC):
         """
 
     @abstractmethod
+    def check_width(self, width: int) -> None:
+        """Raise unless there is such a model with hidden states so wide.
+
+        Raises:
+            GossamerError: why there is none.
+        """
+
+    @abstractmethod
     def project(self, q: Tensor) -> None:
         """Take the hidden states to the basis Q, (width, at most as many orthonormal columns)."""
 

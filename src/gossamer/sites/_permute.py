@@ -1,10 +1,10 @@
 """Input channels in another order, so that n:m keeps more; what puts them out is reordered too, and the function is the same.
 
-Which channels may be reordered is proposed by the names of modules that stand beside one another, no model family named, and
-decided by a trial: a weight whose output is another with them shuffled (a gate or a norm stands between) is left alone.
+Which channels may be reordered is proposed by the coupling table and decided by a trial: a weight whose output is another with
+them shuffled (a gate or a norm stands between) is left alone.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,23 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from gossamer import scores, solvers
+from gossamer.core.errors import GossamerError
 from gossamer.core.pattern import NM
 from gossamer.core.permute import search
 from gossamer.core.stats import Stats
 from gossamer.sites._calibrate import Calibration
+from gossamer.sites._coupling import Part, couplings
 from gossamer.sites._job import Job
 from gossamer.sites._refit import hidden
 from gossamer.sites._walk import Target
-
-# A linear whose inputs are channels, and the linears beside it that put these out.
-CHANNELS: Mapping[str, tuple[tuple[str, ...], ...]] = {
-    "down_proj": (("gate_proj", "up_proj"), ("up_proj",)),
-    "fc2": (("fc1",),),
-    "c_proj": (("c_fc",),),
-    "dense_4h_to_h": (("dense_h_to_4h",),),
-}
-# The same within heads: the order of a value head is that of every query head that reads it.
-HEADS: Mapping[str, tuple[tuple[str, ...], ...]] = dict.fromkeys(("o_proj", "out_proj", "dense"), (("v_proj",),))
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,11 +29,11 @@ class Channels:
 
     Attributes:
         target: the weight, whose inputs are (heads, readers, size).
-        sources: the linears whose outputs, (heads, size), become these inputs.
+        sources: the linears whose outputs, one or more lots of (heads, size), become these inputs.
     """
 
     target: Target
-    sources: tuple[nn.Module, ...]
+    sources: tuple[Part, ...]
     heads: int
     readers: int
     size: int
@@ -60,11 +52,11 @@ class Channels:
         """Put the channels in this order, where they are read and where they are put out."""
         matrix = self.target.matrices()[0]
         matrix.copy_(matrix[:, self.inputs(order).to(matrix.device)])
-        outputs = (torch.arange(self.heads, device=order.device)[:, None] * self.size + order).flatten()
+        lot = (torch.arange(self.heads, device=order.device)[:, None] * self.size + order).flatten()
         for source in self.sources:
-            weight, bias = source.get_parameter("weight").data, getattr(source, "bias", None)
-            dim = 0 if isinstance(source, nn.Linear) else 1  # Conv1D is stored (in, out)
-            weight.copy_(weight.index_select(dim, outputs.to(weight.device)))
+            outputs = torch.cat([lot + i * len(lot) for i in range(len(source.lots))])
+            weight, bias = source.module.weight.data, source.module.bias
+            weight.copy_(weight.index_select(source.dim, outputs.to(weight.device)))
             if bias is not None:
                 bias.data.copy_(bias.data[outputs.to(bias.device)])
 
@@ -84,7 +76,7 @@ class Permutation:
         if not (isinstance(pattern, NM) and pattern.permute):
             yield
             return
-        proposed = (channels for target in inside if (channels := channels_of(walk.blocks[index], target)))
+        proposed = (channels for target in inside if (channels := channels_of(walk.model, walk.blocks[index], target)))
         self._free = {c.target: c for c in proposed if c.size % pattern.m == 0 and free(walk, index, c)}
         yield
         for channels, order in self._found:
@@ -108,29 +100,18 @@ class Permutation:
         return inputs
 
 
-def channels_of(block: nn.Module, target: Target) -> Channels | None:
-    """Return the input channels of a weight that by its name and its neighbours' may be reordered; None if there are none."""
-    modules = dict(block.named_modules())
-    name = next(name for name, module in modules.items() if module is target.module)
-    parent, _, own = name.rpartition(".")
-    beside = modules[parent]
-    for table, within_heads in ((CHANNELS, False), (HEADS, True)):
-        for names in table.get(own, ()):
-            if not all(isinstance(getattr(getattr(beside, source, None), "weight", None), Tensor) for source in names):
-                continue
-            sources = tuple(beside.get_submodule(source) for source in names)
-            widths = {_outputs(source) for source in sources}
-            size = getattr(beside, "head_dim", None) if within_heads else min(widths)
-            inputs = target.matrices().shape[-1]
-            if len(widths) > 1 or not isinstance(size, int) or inputs % min(widths) or min(widths) % size:
-                continue
-            if within_heads or inputs == size:
-                return Channels(target, sources, min(widths) // size, inputs // min(widths), size)
+def channels_of(model: nn.Module, block: nn.Module, target: Target) -> Channels | None:
+    """Return the input channels of a weight that by the coupling table may be reordered; None if there are none."""
+    for kind in ("channels", "heads"):
+        try:
+            (coupling,) = couplings(model, [block], kind)
+        except GossamerError:  # the table knows none in this block, or several
+            continue
+        if coupling.out is target.module and kind == "channels":
+            return Channels(target, coupling.parts[:-1], 1, 1, coupling.count)
+        if coupling.out is target.module and len(coupling.parts) == 4:  # the order of a value head is that of all its readers
+            return Channels(target, coupling.parts[2:3], coupling.count, coupling.queries, coupling.head_dim)
     return None
-
-
-def _outputs(linear: nn.Module) -> int:
-    return linear.get_parameter("weight").shape[0 if isinstance(linear, nn.Linear) else 1]
 
 
 def free(walk: Calibration, index: int, channels: Channels) -> bool:

@@ -91,6 +91,9 @@ class ModelSkeleton(Skeleton):
     def width(self) -> int:
         return self._hidden.width
 
+    def check_width(self, width: int) -> None:
+        narrower(self.model, width)
+
     def project(self, q: Tensor) -> None:
         config = narrower(self.model, q.shape[1])
         self._hidden.project(self.model, q)

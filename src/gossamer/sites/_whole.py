@@ -33,10 +33,10 @@ def measured(model: nn.Module, needs: frozenset[str], batches: Sequence[Batch], 
     return found
 
 
-def fill(target: Target, stats: Sequence[Stats], whole: Mapping[str, Mapping[str, Tensor]]) -> list[Stats]:
-    """Let the statistics of a target's matrices hold what was measured of it on the whole model."""
+def fill(target: Target, stats: Sequence[Stats], whole: Whole) -> list[Stats]:
+    """Let the statistics of a target's matrices hold what was measured of it on the whole model, which keeps it no longer."""
     for need, tensors in whole.items():
-        found = tensors[target.name]
+        found = tensors.pop(target.name)
         stacked = found if target.stacked else found.unsqueeze(-3)
         matrices = (stacked.transpose(-1, -2) if target.transposed else stacked).unbind(-3)
         for known, part in zip(stats, matrices, strict=True):

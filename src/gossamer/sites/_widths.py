@@ -124,6 +124,7 @@ def narrower(model: Any, width: int) -> Any:
     for name, size in {**heads[0].sizes(text), "hidden_size": width}.items():
         setattr(text, name, size)
     config.tie_word_embeddings = text.tie_word_embeddings = False
+    built(type(model), config, {})
     if _made(type(model), config, "heads") != [coupling.made for coupling in heads]:
         raise GossamerError(
             f"{type(model).__name__} derives its heads from hidden_size, so hidden states cannot be made narrower"
@@ -150,6 +151,8 @@ def built(kind_of_model: Any, config: Any, widths: Widths) -> Any:
     _plain(config)
     with quiet(), torch.device("meta"):
         try:
+            for part in {id(c): c for c in (config, config.get_text_config())}.values():
+                getattr(part, "validate", lambda: None)()  # what transformers does when it saves one
             fresh = kind_of_model(config)
         except Exception as error:  # what a model's constructor raises for sizes that do not fit is no contract
             raise GossamerError(f"no model can be built: {' '.join(str(error).split())[:200]}") from error

@@ -15,14 +15,15 @@ class SliceGPT(Structure):
 
     x are the hidden states that come to the blocks, and those after the last one, at every token; g are the gains of the norms,
     which then only divide by the root mean square and so take any rotation. With all eigenvectors the model computes what it
-    did; Q keeps (1 − ``sparsity``) of them, in multiples of ``multiple``, and every matrix in the blocks is that much narrower.
+    did; Q keeps (1 − ``sparsity``) of them, or as near to that as the model's configuration allows (many want a multiple of the
+    heads), and every matrix in the blocks is that much narrower.
 
     The paper has a Q for each attention and each MLP, and matrices QᵀQ′ on the residual path between them, which make another
     architecture; here one Q serves the whole model: nothing is added, and plain transformers opens the result. Embeddings that
     were tied to the head part from it, which takes the gain of the last norm: a small model may become larger as a whole.
 
     Args:
-        multiple: the width that is left is a multiple of this.
+        multiple: the width that is left is a multiple of this; a GPU is at its best with multiples of 8.
 
     Norms that take the mean away (LayerNorm) are refused; the paper turns them into others.
 
@@ -30,7 +31,7 @@ class SliceGPT(Structure):
     SliceGPT(multiple=64)
     """
 
-    multiple: int = 8
+    multiple: int = 1
     removes: ClassVar[frozenset[str]] = frozenset({"hidden"})
     needs: ClassVar[frozenset[str]] = frozenset({"states"})
     even: ClassVar[bool] = True
@@ -42,12 +43,7 @@ class SliceGPT(Structure):
     @torch.no_grad()
     def __call__(self, model: Skeleton, sparsity: float) -> None:
         width = model.width
-        stay = round((1 - sparsity) * width / self.multiple) * self.multiple
-        if not 0 < stay < width:
-            raise GossamerError(
-                f"{self} would leave {stay} of {width} directions at a sparsity of {sparsity}; give from "
-                f"{self.multiple / width:.3f} to {1 - self.multiple / width:.3f}"
-            )
+        stay = self._width(model, (1 - sparsity) * width)
         gram = torch.zeros(width, width, dtype=torch.float64)
         for step in model.walk():
             for x in (*step.inputs, *(step.outputs if step.block == model.blocks - 1 else ())):
@@ -56,3 +52,17 @@ class SliceGPT(Structure):
         values, vectors = torch.linalg.eigh(gram)  # ascending
         model.note(0, explained=float(values[-stay:].sum() / values.sum()))
         model.project(vectors[:, -stay:].flip(1))
+
+    def _width(self, model: Skeleton, wanted: float) -> int:
+        """Return the multiple nearest to the width wanted that the model can have."""
+        why = ""
+        for width in sorted({*range(0, model.width, self.multiple), model.width}, key=lambda n: abs(n - wanted)):
+            if width in (0, model.width):
+                break
+            try:
+                model.check_width(width)
+            except GossamerError as error:  # one that the heads do not divide, say
+                why = f" ({error})"
+            else:
+                return width
+        raise GossamerError(f"{self} would leave {width} of {model.width} directions: give another sparsity or multiple{why}")

@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 
 from gossamer.core.errors import GossamerError
-from gossamer.core.levels import cheapest
+from gossamer.core.levels import within
 from gossamer.core.spec import spec
 from gossamer.core.stats import Stats
 from gossamer.core.structure import Group, Skeleton, Structure
@@ -68,7 +68,7 @@ class ZipLM(Structure):
             pass
         keys = [(group.kind, group.block) for group in groups]
         costs = [[float(found[k].errors[n]) / energy[k] for n in own] for k, own in zip(keys, levels, strict=True)]
-        picked = cheapest(costs, sizes, stay)
+        picked = within(costs, sizes, stay)
         gone = {key: own[level] for key, own, level in zip(keys, levels, picked, strict=True)}
         for key, cost, level in zip(keys, costs, picked, strict=True):
             model.note(key[1], **{f"{key[0]}_error": cost[level]})

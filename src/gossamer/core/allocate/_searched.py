@@ -3,11 +3,11 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from gossamer.core.allocate._declared import level, needs
 from gossamer.core.errors import GossamerError
+from gossamer.core.levels import cheapest
 from gossamer.core.pattern import check_sparsity
 
 Errors = Callable[[Sequence[float]], Mapping[str, Sequence[float]]]  # sparsities → each tensor's error at each of them
@@ -16,7 +16,7 @@ STATES = 2**17  # sizes are counted in a unit that keeps the table of the search
 
 @needs("errors")
 def searched(tensors: Mapping[str, Tensor], sparsity: float, errors: Errors, *, steps: int = 20) -> dict[str, float]:
-    """Minimise Σ_i E_i(s_i) over s_i = k/steps, exactly (the search of SPDY: Frantar and Alistarh, 2022, arXiv:2203.13096).
+    """Minimise Σ_i E_i(s_i) over s_i = k/steps, exactly (the search of SPDY: Frantar and Alistarh, 2022, arXiv:2201.13096).
 
     E_i(s) = ‖(W_i − Ŵ_i(s)) X_i‖² / ‖W_i X_i‖² is the relative error of the tensor's output when the method itself prunes it
     to s, from the Gram matrix of its inputs in the dense model; it is measured once for each point of the grid. Dynamic
@@ -52,7 +52,8 @@ def searched(tensors: Mapping[str, Tensor], sparsity: float, errors: Errors, *, 
     units = _units(list(sizes.values()))
     least = math.ceil(sparsity * steps * sum(units) - 1e-6)
     most = (steps - 1) * sum(units)
-    chosen = cheapest([list(table[name]) for name in sizes], units, least, most)
+    grid = [[unit * k for k in range(steps)] for unit in units]
+    chosen = cheapest([list(table[name]) for name in sizes], grid, least, most)
     wanted = {name: k / steps for name, k in zip(sizes, chosen, strict=True)}
     if not math.isclose(sum(sizes[name] * s for name, s in wanted.items()), sparsity * total, abs_tol=1e-6):
         wanted = level(wanted, sizes, sparsity, (0.0, math.nextafter(1, 0)))
@@ -75,37 +76,8 @@ def in_steps(found: Mapping[str, float], sizes: Mapping[str, int], sparsity: flo
         [size * (k / steps - s) ** 2 if 0 < k < steps else math.inf for k in range(steps)]
         for size, s in zip(units, found.values(), strict=True)
     ]
-    return {name: k / steps for name, k in zip(found, cheapest(apart, units, total, total), strict=True)}
-
-
-def cheapest(costs: Sequence[Sequence[float]], sizes: Sequence[int], least: int, most: int) -> list[int]:
-    """Return the k_i that minimise Σ costs[i][k_i] with least ≤ Σ sizes[i]·k_i ≤ most: exact dynamic programming.
-
-    best[t] is the least cost of the tensors so far whose Σ sizes·k is t. Of equal costs the smaller k is taken.
-
-    >>> cheapest([[0.0, 1.0, 5.0], [0.0, 2.0, 2.5]], [1, 1], 2, 2)
-    [0, 2]
-    """
-    best = torch.full((most + 1,), math.inf, dtype=torch.float64)
-    best[0] = 0.0
-    choices = []
-    for cost, size in zip(costs, sizes, strict=True):
-        reached, choice = torch.full_like(best, math.inf), torch.zeros(most + 1, dtype=torch.int16)
-        for k, value in enumerate(cost):
-            if size * k > most:
-                break
-            candidate = best[: most + 1 - size * k] + value
-            better = candidate < reached[size * k :]
-            reached[size * k :] = torch.where(better, candidate, reached[size * k :])
-            choice[size * k :] = torch.where(better, k, choice[size * k :])
-        best = reached
-        choices.append(choice)
-    at = least + int(best[least:].argmin())
-    found = []
-    for choice, size in zip(reversed(choices), reversed(sizes), strict=True):
-        found.append(int(choice[at]))
-        at -= size * found[-1]
-    return found[::-1]
+    grid = [[unit * k for k in range(steps)] for unit in units]
+    return {name: k / steps for name, k in zip(found, cheapest(apart, grid, total, total), strict=True)}
 
 
 def _units(sizes: Sequence[int]) -> list[int]:

@@ -30,3 +30,8 @@ def test_the_budget_may_be_met_exactly_or_not_at_all() -> None:
     assert within([[0.0, 1.0]], [[7.0, 3.0]], 3.0) == [1]
     with pytest.raises(GossamerError, match="the smallest levels come to 6, and the budget is 5"):
         within([[0.0, 1.0], [0.0, 1.0]], [[7.0, 3.0], [7.0, 3.0]], 5.0)
+
+
+def test_the_budget_is_kept_where_sizes_fall_between_its_steps() -> None:
+    costs, sizes = [[0.0, 1.0]] * 3, [[1.00004, 0.0]] * 3  # 3333.5 steps each of ten thousand: three are a little too much
+    assert sorted(within(costs, sizes, 3.0)) == [0, 0, 1]

@@ -56,8 +56,10 @@ class SliceGPT(Structure):
     def _width(self, model: Skeleton, wanted: float) -> int:
         """Return the multiple nearest to the width wanted that the model can have."""
         why = ""
-        for width in sorted({*range(0, model.width, self.multiple), model.width}, key=lambda n: abs(n - wanted)):
-            if width in (0, model.width):
+        dense = model.width
+        nearest: list[int] = sorted({*range(0, dense, self.multiple), dense}, key=lambda n: abs(n - wanted))
+        for width in nearest:
+            if width == 0 or width == dense:
                 break
             try:
                 model.check_width(width)
@@ -65,4 +67,4 @@ class SliceGPT(Structure):
                 why = f" ({error})"
             else:
                 return width
-        raise GossamerError(f"{self} would leave {width} of {model.width} directions: give another sparsity or multiple{why}")
+        raise GossamerError(f"{self} would leave {width} of {dense} directions: give another sparsity or multiple{why}")

@@ -3,8 +3,14 @@
 import ctypes
 import mmap
 import multiprocessing
+import os
+import platform
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -149,10 +155,33 @@ def test_compiles_without_a_place_to_keep_what_was_compiled(monkeypatch: pytest.
     def nowhere(signature: Any, cache: bool = False) -> Callable[[Any], Any]:
         if cache:
             raise RuntimeError("cannot cache function: no locator available")
-        return lambda function: (signature, function)
+        return lambda function: SimpleNamespace(address=(signature, function))
 
     monkeypatch.setattr(_team, "cfunc", nowhere)
-    assert _team.compiled(_team.JOB)(check) == (_team.JOB, check)
+    assert _team.compiled(_team.JOB)(check).address == (_team.JOB, check)
+
+
+# On the code for a processor of 2013: the kernels for newer ones would not even compile.
+OLD = """
+import torch
+from gossamer.formats import Bitmask
+from gossamer.kernels import _choice
+
+w = torch.randn(70, 130) * (torch.rand(70, 130) < 0.3)
+for batch in (1, 5, 40):
+    x = torch.randn(batch, 130)
+    y = Bitmask.pack(w, w != 0, None).linear(x)
+    assert not _choice.has_avx512() and torch.allclose(y, x @ w.T, rtol=1e-4, atol=1e-4)
+print("well")
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="haswell is an x86-64 processor")
+def test_a_processor_without_avx512_never_compiles_it(tmp_path: Path) -> None:
+    features = "+avx2,+fma,+f16c,+bmi,+bmi2,+popcnt,+sse4.2,+avx"
+    told = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": features, "NUMBA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", OLD], env=os.environ | told, capture_output=True, text=True)
+    assert done.stdout == "well\n", done.stderr
 
 
 # In a child of a process whose OpenMP team is running, which a child has not got.

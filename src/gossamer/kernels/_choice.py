@@ -16,9 +16,12 @@ NAMES = ("auto", "avx512", "portable", "triton", "reference")
 
 @cache
 def cpu_features() -> frozenset[str]:
-    """Return what the host's processor has, in LLVM's words, as Numba compiles for it."""
+    """Return what Numba compiles for, in LLVM's words: what the processor has, or what NUMBA_CPU_FEATURES says."""
     from llvmlite import binding
+    from numba import config
 
+    if (told := config.CPU_FEATURES) is not None:
+        return frozenset(name[1:] for name in told.split(",") if name.startswith("+"))
     return frozenset(name for name, there in binding.get_host_cpu_features().items() if there)
 
 

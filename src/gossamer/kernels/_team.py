@@ -7,6 +7,7 @@ shares its work out by an atomic counter; it runs to the same result on any numb
 
 import ctypes
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -21,6 +22,7 @@ JOB = types.void(types.voidptr)
 SMALL = 1 << 15  # multiplications below which a second thread costs more than it brings
 
 _forked = False
+_compiling = threading.Lock()
 
 
 def _after_fork() -> None:
@@ -52,19 +54,34 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads)
 
 
-def compiled(signature: Any) -> Callable[[Callable[..., None]], Any]:
-    """Compile a C function, and keep it on disk for the next process where there is a place for that."""
+class Compiled:
+    """A C function, compiled when its address is first asked for: one with AVX-512 in it is never compiled where there is none.
 
-    def decorate(function: Callable[..., None]) -> Any:
-        try:
-            return cfunc(signature, cache=True)(function)
-        except RuntimeError:  # neither the package nor the home directory can be written to
-            return cfunc(signature)(function)
+    It is kept on disk for the next process where there is a place for that.
+    """
 
-    return decorate
+    def __init__(self, signature: Any, function: Callable[..., None]) -> None:
+        self.signature, self.function = signature, function
+        self._made: Any = None
+
+    @property
+    def address(self) -> int:
+        with _compiling:
+            if self._made is None:
+                try:
+                    self._made = cfunc(self.signature, cache=True)(self.function)
+                except RuntimeError:  # neither the package nor the home directory can be written to
+                    self._made = cfunc(self.signature)(self.function)
+        found: int = self._made.address
+        return found
 
 
-def share(job: Any, count: int, work: int, *operands: int) -> None:
+def compiled(signature: Any) -> Callable[[Callable[..., None]], Compiled]:
+    """Make a C function of what is decorated."""
+    return lambda function: Compiled(signature, function)
+
+
+def share(job: Compiled, count: int, work: int, *operands: int) -> None:
     """Run a compiled job on as many threads as torch is set to, if it is worth them, and wait for it.
 
     Args:

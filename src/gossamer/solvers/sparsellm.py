@@ -12,7 +12,7 @@ from gossamer.core.pattern import NM, Pattern, Unstructured
 from gossamer.core.solver import Solver
 from gossamer.core.spec import spec
 from gossamer.core.stats import Stats
-from gossamer.solvers.sparsegpt import SparseGPT
+from gossamer.core.sweep import sweep
 
 NEWTON = 2  # steps for an entry of z that no formula gives
 
@@ -55,7 +55,7 @@ class SparseLLM(Solver):
     tensor([[0., 3.]])
     """
 
-    steps: int = 8
+    steps: int = 4
     alpha: float = 1.0
     beta: float = 1.0
     gamma: float = 1.0
@@ -73,8 +73,9 @@ class SparseLLM(Solver):
         if not self.damp > 0 or self.block < 1:
             raise GossamerError(f"SparseLLM wants damp > 0 and block >= 1; got damp={self.damp!r}, block={self.block!r}")
 
+    @torch.no_grad()
     def __call__(self, w: Tensor, stats: Stats, pattern: Pattern, sparsity: float | None) -> tuple[Tensor, Tensor]:
-        return SparseGPT(self.damp, self.block)(w, stats, pattern, sparsity)
+        return sweep(w, stats, pattern, sparsity, self.damp, self.block)
 
     @torch.no_grad()
     def mlp(self, mlp: MLP) -> tuple[Tensor, Tensor]:
@@ -158,8 +159,8 @@ def outer(act: Activation, now: Tensor, made: Tensor, p: Tensor, times: Tensor |
     for _ in range(NEWTON):
         value, slope = _with_slope(act, z)
         slope = slope * times
-        fall = alpha * (z - made) - gamma * slope * (p - times * value)
-        z = lower(z - fall / (alpha + gamma * slope.square()), z)
+        step = (alpha * (z - made) - gamma * slope * (p - times * value)) / (alpha + gamma * slope.square())
+        z = lower(lower(z - step, z - step / 4), z)  # where φ bends, the whole step goes too far
     return z
 
 

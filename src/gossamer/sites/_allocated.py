@@ -14,7 +14,7 @@ from gossamer.core.stats import INPUTS, Stats
 from gossamer.sites._calibrate import Batch, Calibration, Visit
 from gossamer.sites._gradients import gradients
 from gossamer.sites._job import Job
-from gossamer.sites._permute import Permutation
+from gossamer.sites._pruning import Pruning
 from gossamer.sites._walk import Target
 from gossamer.sites._whole import Whole, fill, losses, measured
 
@@ -106,7 +106,7 @@ def visit_all(
     batches: Sequence[Batch],
     device: torch.device | None,
     visit: Visit,
-    permutation: Permutation | None = None,
+    pruning: Pruning | None = None,
 ) -> None:
     """Hand over every target once with the statistics named in ``gather``, block by block where these come from inputs."""
     whole = measured(model, gather, batches, chosen)
@@ -114,8 +114,8 @@ def visit_all(
         walk = Calibration(model, batches, gather, device=device)
         for index in range(len(walk.blocks)):
             inside = [target for target in chosen if target.block == index]
-            with permutation.block(walk, index, inside) if permutation else nullcontext():
-                walk.block(index, inside, lambda target, stats: visit(target, fill(target, stats, whole)))
+            with pruning.block(walk, index, inside) if pruning else nullcontext(inside) as visited:
+                walk.block(index, visited, lambda target, stats: visit(target, fill(target, stats, whole)))
         return
     for block in dict.fromkeys(target.block for target in chosen):
         inside = [target for target in chosen if target.block == block]

@@ -151,16 +151,21 @@ def couplings(model: nn.Module, blocks: Iterable[nn.Module], kind: str) -> list[
     for index, block in enumerate(blocks):
         here = list(find(model, block, index))
         if len(here) != 1:
-            table = CHANNELS if kind == "channels" else HEADS
-            known = "; ".join(f"{' and '.join(into)} with {' or '.join(out)}" for into, out in table)
             told = f"{len(here)} of them" if here else "none"
             what = "MLP" if kind == "channels" else "attention"
             raise GossamerError(
                 f"{type(model).__name__}: one {what} whose {kind} can be removed is wanted in each block, and block {index} "
-                f"has {told}; known by the names of their linears: {known}"
+                f"has {told}; {known(kind)}"
             )
         found += here
     return found
+
+
+def known(kind: str) -> str:
+    """Say what the table knows of a kind."""
+    table = CHANNELS if kind == "channels" else HEADS
+    names = "; ".join(f"{' and '.join(into)} with {' or '.join(out)}" for into, out in table)
+    return f"known by the names of their linears: {names}"
 
 
 def _channels(model: nn.Module, block: nn.Module, index: int) -> Iterator[Coupling]:

@@ -13,11 +13,13 @@ from gossamer.core import allocate as allocations
 from gossamer.core import pattern as patterns
 from gossamer.core.errors import GossamerError
 from gossamer.core.format import Format
+from gossamer.core.mlp import SolvesMLP
 from gossamer.core.pattern import Pattern, Unstructured, not_finite
 from gossamer.core.score import Score
 from gossamer.core.solver import Factorizer, Factors, Solver
 from gossamer.core.spec import names_in, parse, show
 from gossamer.core.stats import INPUTS, Stats
+from gossamer.sites._mlp import mlps
 from gossamer.sites._rows import row, told, wrapped
 from gossamer.sites._walk import Target, targets
 
@@ -57,6 +59,8 @@ class Job:
         inner = getattr(solver, "init", None) or getattr(solver, "method", None)
         if getattr(inner, "rounds", 1) > 1:
             raise GossamerError(f"{show(inner)} reaches a sparsity in rounds, which no method around it does: take it alone")
+        if isinstance(inner, SolvesMLP):
+            raise GossamerError(f"{show(inner)} solves a block's MLP as one, which no method around it does: take it alone")
         shape = pattern_of(pattern)
         if not isinstance(shape, solver.patterns):
             known = ", ".join(p.__name__ for p in solver.patterns)
@@ -158,12 +162,7 @@ class Job:
         if order is not None:
             matrices, stats = matrices[..., order], [known.ordered(order) for known in stats]
         for matrix, known in zip(matrices, stats, strict=True):
-            try:
-                weights, packed = self.solve(matrix, known, sparsity)
-            except (GossamerError, ArithmeticError) as error:
-                raise GossamerError(f"{target.name}: {error}") from error
-            if not_finite(weights):
-                raise GossamerError(f"{target.name}: {show_method(self.solver)} gave weights that are NaN or infinite")
+            weights, packed = self.solved(target, matrix, known, sparsity)
             matrix.copy_(weights)
         if order is not None:
             target.matrices().copy_(matrices[..., order.argsort()])
@@ -171,6 +170,18 @@ class Job:
         if packed is not None:
             found_row |= wrapped(target, packed)
         return {**found_row, "seconds": time.perf_counter() - started}, packed
+
+    def solved(
+        self, target: Target, matrix: Tensor, known: Stats, sparsity: float | None
+    ) -> tuple[Tensor, formats.Wrapped | None]:
+        """Do as `solve` does, with one matrix of a target or one in its place; whatever goes wrong names the target."""
+        try:
+            weights, packed = self.solve(matrix, known, sparsity)
+        except (GossamerError, ArithmeticError) as error:
+            raise GossamerError(f"{target.name}: {error}") from error
+        if not_finite(weights):
+            raise GossamerError(f"{target.name}: {show_method(self.solver)} gave weights that are NaN or infinite")
+        return weights, packed
 
     def solve(self, matrix: Tensor, known: Stats, sparsity: float | None) -> tuple[Tensor, formats.Wrapped | None]:
         """Return one matrix pruned, and the product that takes its place, where there is one."""
@@ -198,6 +209,8 @@ def select_targets(model: nn.Module, job: Job, expression: str | None, *, weight
         raise GossamerError(f"{len(offloaded)} weights are offloaded ({offloaded[0]} ...); `gossamer prune DIR` streams them")
     for target in chosen:
         job.check(target)
+    if isinstance(job.solver, SolvesMLP):
+        mlps(model, chosen, show_method(job.solver))
     return chosen
 
 

@@ -26,7 +26,7 @@ from gossamer.sites._calibrate import Batch, Calibration
 from gossamer.sites._inputs import calibration_batches, check_batches
 from gossamer.sites._job import Job, select_targets, show_method
 from gossamer.sites._packed_write import packed_row, sparse_layers, with_products, write_dense, write_packed
-from gossamer.sites._permute import Permutation
+from gossamer.sites._pruning import Pruning
 from gossamer.sites._recipe import command_of, recipe_of
 from gossamer.sites._rows import describe, peak_bytes, phases, row
 from gossamer.sites._run import Run, write_sparsity
@@ -102,7 +102,7 @@ def prune_checkpoint(
         whole = measured(model, job.gather, batches, chosen)
         if "grads" in job.gather:  # these come through the pruned blocks before, which are not read back: start over
             run.state |= {"done": 0, "rows": []}
-        rows, permutation = run.state["rows"], Permutation(job)
+        rows, pruning = run.state["rows"], Pruning(model, job, chosen, sparsities)
         products: dict[Target, Format] = {}  # of the block in hand
         before = run.start()
 
@@ -116,17 +116,17 @@ def prune_checkpoint(
                 def visit(target: Any, stats: Any) -> None:
                     shown.set_postfix_str(target.name.removesuffix(".weight"), refresh=False)
                     stats = fill(target, stats, whole)
-                    found, product = job.prune(target, stats, sparsities[target.name], permutation.order(target, stats))
-                    rows.append(found)
-                    if product is not None:
-                        products[target] = product
-                    shown.update()
+                    for done, found, product in pruning.prune(target, stats):
+                        rows.append(found)
+                        if product is not None:
+                            products[done] = product
+                        shown.update()
 
                 products.clear()
                 checkpoint.fetch(list_name, index)
                 if walk is not None:
-                    with permutation.block(walk, index, inside):
-                        walk.block(index, inside, visit)
+                    with pruning.block(walk, index, inside) as visited:
+                        walk.block(index, visited, visit)
                 else:
                     each = own_gradients(model, job.gather, batches, inside)
                     for target in inside:

@@ -20,7 +20,7 @@ from gossamer.sites._allocated import bar as bar
 from gossamer.sites._calibrate import Batch
 from gossamer.sites._inputs import calibration_batches, check_batches
 from gossamer.sites._job import Job, check_finite, select_targets, show_method
-from gossamer.sites._permute import Permutation
+from gossamer.sites._pruning import Pruning
 from gossamer.sites._recipe import recipe_of
 from gossamer.sites._rows import describe, peak_bytes, phases
 from gossamer.sites._swap import swap_in
@@ -130,15 +130,16 @@ def _prune_all(
 
         def visit(target: Target, stats: list[Stats]) -> None:
             shown.set_postfix_str(target.name.removesuffix(".weight"), refresh=False)
-            order = permutation.order(target, stats)
-            rows[target.name], product = job.prune(target, stats, sparsities[target.name], order)
-            if product is not None:  # the device has one block at a time
-                tensors = {name: tensor.to(home[target]) for name, tensor in product.tensors(derived=True).items()}
-                packed[target] = replace(product, **tensors)  # type: ignore[type-var]
-            shown.update()
+            for done, row, product in pruning.prune(target, stats):
+                rows[done.name] = row
+                if product is not None:  # the device has one block at a time
+                    tensors = {name: tensor.to(home[done]) for name, tensor in product.tensors(derived=True).items()}
+                    packed[done] = replace(product, **tensors)  # type: ignore[type-var]
+                shown.update()
 
-        permutation = Permutation(job)
-        visit_all(model, job.gather, chosen, batches, device, visit, permutation)
+        pruning = Pruning(model, job, chosen, sparsities)
+        pruning.check(batches)
+        visit_all(model, job.gather, chosen, batches, device, visit, pruning)
     return [rows[target.name] for target in chosen], packed
 
 

@@ -8,5 +8,6 @@ from gossamer.solvers.mask import Mask
 from gossamer.solvers.nettrim import NetTrim
 from gossamer.solvers.obert import OBERT
 from gossamer.solvers.sparsegpt import SparseGPT
+from gossamer.solvers.sparsellm import SparseLLM
 
-__all__ = ["ALPS", "ARMOR", "OBERT", "Asymmetric", "DSnoT", "Mask", "NetTrim", "SparseGPT"]
+__all__ = ["ALPS", "ARMOR", "OBERT", "Asymmetric", "DSnoT", "Mask", "NetTrim", "SparseGPT", "SparseLLM"]

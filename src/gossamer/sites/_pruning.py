@@ -36,11 +36,6 @@ class Pruning:
         self._mlp: tuple[Linears, Wiring] | None = None  # of the block in hand
         self._x: list[Tensor] = []  # what comes to it, a tensor a lane
 
-    def check(self, batches: Sequence[Batch]) -> None:
-        """Raise unless every MLP is what a method wants, by one pass of the first windows; for a model that is there whole."""
-        if self.mlps:
-            wired(list(self.mlps.values()), lambda: self.model(**batches[0], use_cache=False), self.who)
-
     @contextmanager
     def block(self, walk: Calibration, index: int, inside: Sequence[Target]) -> Iterator[Sequence[Target]]:
         """Prepare for the targets of a block; give those whose inputs are to be gathered, and which are then pruned."""
@@ -84,7 +79,7 @@ class Pruning:
             return self.job.solved(target, w, stats, self.sparsities[target.name])[0]
 
         def first(w: Tensor, stats: Stats) -> Tensor:
-            return torch.cat([solve(t, part, stats) for t, part in zip(linears.into, w.split(sizes), strict=True)])
+            return torch.cat([solve(t, part, stats) for t, part in zip(linears.into, torch.split(w, sizes), strict=True)])
 
         def second(w: Tensor, stats: Stats) -> Tensor:
             if order is None:
@@ -110,12 +105,20 @@ class Pruning:
             order = self.permutation.order(out, [dense])
             mlp.notes.update(dense.notes)
         found = solver.mlp(mlp)
-        for target, matrix in zip(linears.all, (*found[0].split(sizes), found[1]), strict=True):
+        for target, matrix in zip(linears.all, (*torch.split(found[0], sizes), found[1]), strict=True):
             target.matrices()[0].copy_(matrix)
         share = (time.perf_counter() - started) / len(linears.all)
-        rows = [(t, {**row(t), **told([last[t]]), "seconds": share}, None) for t in linears.all]
+        rows: list[Done] = [(t, {**row(t), **told([last[t]]), "seconds": share}, None) for t in linears.all]
         rows[-1][1].update(mlp.notes)
         return rows
+
+
+@torch.no_grad()
+def check_mlps(model: nn.Module, job: Job, chosen: Sequence[Target], batches: Sequence[Batch]) -> None:
+    """Raise unless every MLP is what the method wants, by one pass of the first windows through a model that is there whole."""
+    if isinstance(job.solver, SolvesMLP):
+        who = show_method(job.solver)
+        wired(list(mlps(model, chosen, who).values()), lambda: model(**batches[0], use_cache=False), who)
 
 
 def _bias(target: Target) -> Tensor:

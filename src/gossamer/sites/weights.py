@@ -20,7 +20,7 @@ from gossamer.sites._allocated import bar as bar
 from gossamer.sites._calibrate import Batch
 from gossamer.sites._inputs import calibration_batches, check_batches
 from gossamer.sites._job import Job, check_finite, select_targets, show_method
-from gossamer.sites._pruning import Pruning
+from gossamer.sites._pruning import Pruning, check_mlps
 from gossamer.sites._recipe import recipe_of
 from gossamer.sites._rows import describe, peak_bytes, phases
 from gossamer.sites._swap import swap_in
@@ -95,6 +95,7 @@ def prune(
     training = model.training
     model.eval()  # dropout would blur the statistics
     try:
+        check_mlps(model, job, chosen, batches)
         approach(model, job, chosen, batches, where, progress)
         sparsities = allocated(model, job, chosen, batches, where, progress)
         calibrated = time.perf_counter()
@@ -138,7 +139,6 @@ def _prune_all(
                 shown.update()
 
         pruning = Pruning(model, job, chosen, sparsities)
-        pruning.check(batches)
         visit_all(model, job.gather, chosen, batches, device, visit, pruning)
     return [rows[target.name] for target in chosen], packed
 

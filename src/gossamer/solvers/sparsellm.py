@@ -12,7 +12,7 @@ from gossamer.core.pattern import NM, Pattern, Unstructured
 from gossamer.core.solver import Solver
 from gossamer.core.spec import spec
 from gossamer.core.stats import Stats
-from gossamer.solvers.sparsegpt import SparseGPT
+from gossamer.core.sweep import sweep
 
 NEWTON = 2  # steps for an entry of z that no formula gives
 
@@ -73,8 +73,9 @@ class SparseLLM(Solver):
         if not self.damp > 0 or self.block < 1:
             raise GossamerError(f"SparseLLM wants damp > 0 and block >= 1; got damp={self.damp!r}, block={self.block!r}")
 
+    @torch.no_grad()
     def __call__(self, w: Tensor, stats: Stats, pattern: Pattern, sparsity: float | None) -> tuple[Tensor, Tensor]:
-        return SparseGPT(self.damp, self.block)(w, stats, pattern, sparsity)
+        return sweep(w, stats, pattern, sparsity, self.damp, self.block)
 
     @torch.no_grad()
     def mlp(self, mlp: MLP) -> tuple[Tensor, Tensor]:

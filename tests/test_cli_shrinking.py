@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 import gossamer
+from tests.structures.methods import operations
 from tests.test_cli import SMALL, bright, run, tree
 
 __all__ = ["bright", "run"]  # fixtures
@@ -34,6 +35,22 @@ def test_it_says_what_opens_the_result_before_it_starts(
     assert run("eval", out, "--data", bright, "--seqlen", "16", "--windows", "2").status == 0
 
 
+def test_a_speedup_is_asked_for_and_told(
+    run: Any, tiny_dir: Path, bright: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gossamer.sites._latency.seconds", operations)
+    out, goal = tmp_path / "out", ["--speedup", "1.2", "--at", "1x16"]
+    done = run("shrink", tiny_dir, "--method", "ZipLM", *goal, "--data", bright, *SMALL, "--out", out)
+    assert done.status == 0, done.err
+    report = json.loads((out / "report.json").read_text())
+    latency = report["structure"]["latency"]
+    assert latency["at"] == [1, 16]
+    assert latency["speedup"] == [1.2, latency["seconds"][0] / latency["seconds"][1]]
+    assert f" --method ZipLM {' '.join(goal)} --data " in report["recipe"]["command"]
+    assert "as fast (1.20 asked for)" in done.out
+    assert run("report", out / "report.json", "--output", tmp_path / "page.html").status == 0
+
+
 @pytest.mark.parametrize(
     ("how", "told"),
     [
@@ -42,6 +59,11 @@ def test_it_says_what_opens_the_result_before_it_starts(
         (["--method", "Depth", "--sparsity", "0.01"], "removes whole blocks: of 2, a sparsity of 0.01 is 0"),
         (["--method", "CFSP", "--sparsity", "0.95"], "parameters in channels"),
         (["--method", "CFSP(multiple=0)", "--sparsity", "0.2"], "CFSP wants multiple >= 1"),
+        (["--method", "CFSP", "--speedup", "1.2"], "takes a sparsity, no speed-up; what goes by time is ZipLM"),
+        (["--method", "ZipLM", "--speedup", "0.5"], "a speed-up is how many times as fast"),
+        (["--method", "ZipLM", "--speedup", "1.5", "--at", "512"], "--at is BATCHxTOKENS, such as 1x512; got '512'"),
+        (["--method", "ZipLM", "--speedup", "900", "--at", "1x8"], "a speed-up of 900.00 was asked for"),
+        (["--method", "ZipLM"], "either sparsity or speedup"),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_on_disk(

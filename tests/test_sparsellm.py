@@ -124,6 +124,16 @@ def test_the_refit_is_the_pseudo_inverse_where_tokens_tell_and_the_weight_where_
     assert torch.equal(found[:, 5], w[:, 5])
 
 
+def test_the_refit_is_the_damped_least_squares_solution() -> None:
+    w, x, t = normal(3, 6, seed=1), normal(50, 6, seed=2), normal(50, 3, seed=3)
+    stats = Stats(6, gram=True)
+    stats.add(x)
+    gram = (x.T @ x).double()
+    damp = 0.1 * gram.diagonal().mean() * torch.eye(6, dtype=torch.float64)
+    expected = ((t.T @ x).double() + w.double() @ damp) @ torch.linalg.inv(gram + damp)
+    assert torch.allclose(refit(w, t.T @ x, stats, 0.1).double(), expected, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ACTS)
 @pytest.mark.parametrize("gated", [False, True])
 def test_every_minimum_lowers_the_objective(name: str, gated: bool) -> None:

@@ -17,7 +17,7 @@ from gossamer.recovering import read, recover
 from gossamer.sites._job import Job, pattern_of
 from gossamer.sites._rows import describe
 from gossamer.sites.checkpoint import prune_checkpoint, save
-from gossamer.sites.shrinking import check_sparsity, shrink_checkpoint, structure_of
+from gossamer.sites.shrinking import goal_of, shrink_checkpoint, structure_of
 from gossamer.speed import decoding
 
 Say = Callable[[str], None]
@@ -240,8 +240,7 @@ def _check(place: int, verb: str, how: Mapping[str, Any]) -> None:
         if verb == "prune":
             Job.of(how["method"], how["pattern"], how.get("sparsity"), how.get("allocate", "uniform"))
         elif verb == "shrink":
-            structure_of(how["method"])
-            check_sparsity(how["sparsity"])
+            goal_of(structure_of(how["method"]), how.get("sparsity"), how.get("speedup"), how.get("at", (1, 512)))
         elif verb == "recover":
             read(how.get("method", "Full"), how.get("pattern"), how.get("sparsity"), how["steps"])
     except GossamerError as error:

@@ -63,6 +63,7 @@ VALUES = [
     solvers.ALPS(),
     solvers.ARMOR(block=32),
     solvers.Asymmetric(solvers.ALPS(steps=9), share=0.5),
+    solvers.SparseLLM(steps=3),
     pattern.NM(2, 4, permute=True),
     solvers.DSnoT(init=solvers.SparseGPT(damp=0.02), cycles=9),
     solvers.NetTrim(eps=0.1),

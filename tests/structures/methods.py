@@ -1,9 +1,11 @@
 """Methods for the tests: what goes is said, not found."""
 
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from gossamer.core.spec import spec
 from gossamer.core.structure import Group, Skeleton, Structure
@@ -53,3 +55,10 @@ def group_of(out: Tensor, *into: Tensor, count: int | None = None, kind: str = "
     """Make a group of loose matrices."""
     count = out.shape[1] if count is None else count
     return Group(kind, 0, count, (out.numel() + sum(w.numel() for w in into)) // count, out, into)
+
+
+def operations(run: Callable[[int], Any], device: torch.device, turns: int) -> float:
+    """Count what a call multiplies and adds: takes the place of the clock where times would be measured."""
+    with FlopCounterMode(display=False) as counter:
+        run(0)
+    return float(counter.get_total_flops())

@@ -94,7 +94,7 @@ def test_families(family: str) -> None:
 
 def test_what_it_cannot_do_is_said_before_it_starts(tiny_llama: Callable[..., Any]) -> None:
     model = tiny_llama()
-    with pytest.raises(gossamer.GossamerError, match=r"ZipLM can remove at most 0\.\d+ of the parameters in the blocks; 0.95"):
+    with pytest.raises(gossamer.GossamerError, match=r"ZipLM.* ends at 0\.\d+ of the parameters in the blocks removed; 0.95"):
         gossamer.shrink(model, "ZipLM", sparsity=0.95, data=ids())
     with pytest.raises(gossamer.GossamerError, match="one MLP whose channels can be removed"):
         gossamer.shrink(causal("mixtral"), "ZipLM", sparsity=0.2, data=ids())

@@ -20,14 +20,17 @@ from gossamer.cli._shared import (
     progress_of,
     speaker,
 )  # fmt: skip
+from gossamer.core.errors import GossamerError
 
 
 @app.command()
 def shrink(
     model: Model,
     method: Annotated[str, typer.Option(metavar="SPEC", help="Depth, CFSP ...: see gossamer ls structures")],
-    sparsity: Annotated[float, typer.Option(help="fraction of the parameters inside the blocks that goes, in (0, 1)")],
     to: Annotated[Path, typer.Option("--out", metavar="DIR", help="the smaller model's directory")],
+    sparsity: Annotated[float | None, typer.Option(help="fraction of the blocks' parameters that goes, in (0, 1)")] = None,
+    speedup: Annotated[float | None, typer.Option(help="instead: how many times as fast, measured here")] = None,
+    at: Annotated[str, typer.Option(metavar="BATCHxTOKENS", help="the pass that --speedup is of")] = "1x512",
     data: Annotated[str | None, typer.Option(help="calibration text: a file, a folder, builtin, a data set")] = None,
     seqlen: SeqLen = 512,
     samples: Samples = 32,
@@ -40,10 +43,11 @@ def shrink(
     """Remove whole blocks, heads or channels: a smaller ordinary dense model, in a new directory."""
     from gossamer.models import resolve
     from gossamer.sites.checkpoint import check_out
-    from gossamer.sites.shrinking import check_sparsity, opens, shrink_checkpoint, structure_of
+    from gossamer.sites.shrinking import goal_of, opens, shrink_checkpoint, structure_of
 
     how, say = structure_of(method), speaker(quiet)  # a slip in these shows before a model is fetched
-    check_sparsity(sparsity)
+    shape = _shape(at)
+    goal_of(how, sparsity, speedup, shape)
     path = resolve(model, say=say)
     check_out(to, path, force)
     say(opens(how.even, to))
@@ -52,6 +56,8 @@ def shrink(
         to,
         how,
         sparsity=sparsity,
+        speedup=speedup,
+        at=shape,
         data=data,
         seqlen=seqlen,
         samples=samples,
@@ -69,3 +75,10 @@ def shrink(
     if report.structure["plain"] != how.even:  # it came out otherwise than was to be expected
         out.print(opens(report.structure["plain"], to))
     out.print(f"wrote {to}; next: gossamer eval {to}")
+
+
+def _shape(at: str) -> tuple[int, int]:
+    batch, _, tokens = at.partition("x")
+    if not (batch.isdecimal() and tokens.isdecimal()):
+        raise GossamerError(f"--at is BATCHxTOKENS, such as 1x512; got {at!r}")
+    return int(batch), int(tokens)

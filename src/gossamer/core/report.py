@@ -111,9 +111,11 @@ class Report:
     def _shrunk(self, found: dict[str, Any]) -> str:
         was, now = found["parameters"]
         blocks = "{} → {} blocks".format(*found["blocks"])
+        time = found.get("latency")
+        faster = "" if time is None else "{:.2f}x as fast ({:.2f} asked for), ".format(*reversed(time["speedup"]))
         return (
             f"{self.recipe['method']}: {was:,} → {now:,} parameters, {blocks}, {found['sparsity']:.4f} of the parameters "
-            f"inside the blocks removed, {self.seconds.get('total', 0):.1f} s"
+            f"inside the blocks removed, {faster}{self.seconds.get('total', 0):.1f} s"
         )
 
 

@@ -58,8 +58,45 @@ class Step:
     stats: Mapping[str, Stats] = field(default_factory=dict)
 
 
+class Budget(ABC):
+    """What there is to save.
+
+    Attributes:
+        total: what the whole model costs as it is; ``sparsity`` is a fraction of it.
+    """
+
+    total: float
+
+    @abstractmethod
+    def cost(self, group: Group, left: int) -> float:
+        """What a group costs once so many of its members are left; only differences mean something."""
+
+    @abstractmethod
+    def says(self, fraction: float) -> str:
+        """Say in the user's words that this fraction is saved."""
+
+
+@dataclass(frozen=True)
+class Parameters(Budget):
+    """A budget of the parameters inside the blocks."""
+
+    total: float
+
+    def cost(self, group: Group, left: int) -> float:
+        return left * group.size
+
+    def says(self, fraction: float) -> str:
+        return f"{fraction:.4f} of the parameters in the blocks removed"
+
+
 class Skeleton(ABC):
-    """A model as a method of structure sees it: blocks, groups in them, and calibration that goes from block to block."""
+    """A model as a method of structure sees it: blocks, groups in them, and calibration that goes from block to block.
+
+    Attributes:
+        budget: what ``sparsity`` is a fraction of: parameters, or seconds for methods that are ``timed``.
+    """
+
+    budget: Budget
 
     @property
     @abstractmethod
@@ -128,15 +165,17 @@ class Structure(ABC):
         removes: the kinds of structure that it removes: "blocks", "channels", "heads", "hidden" (directions of hidden states).
         needs: what calibration has to bring: "states" (hidden states), "norm", "mean", "gram".
         even: whether all blocks end with the same widths, which an ordinary config.json can say.
+        timed: whether the budget may be one of seconds, so that a speed-up can be asked for.
     """
 
     removes: ClassVar[frozenset[str]]
     needs: ClassVar[frozenset[str]] = frozenset()
     even: ClassVar[bool] = False
+    timed: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, model: Skeleton, sparsity: float) -> None:
-        """Remove ``sparsity`` of the parameters inside the blocks, as nearly as whole members allow.
+        """Remove ``sparsity`` of the parameters inside the blocks (or of the budget), as nearly as whole members allow.
 
         Raises:
             GossamerError: that cannot be; raised before anything is changed.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gossamer.core.errors import GossamerError
 from gossamer.core.stats import INPUTS, Stats
-from gossamer.core.structure import Group, Skeleton, Solve, Step, Structure
+from gossamer.core.structure import Group, Parameters, Skeleton, Solve, Step, Structure
 from gossamer.sites._calibrate import Batch, Calibration, Call
 from gossamer.sites._coupling import Coupling, couplings, is_transposed
 from gossamer.sites._hidden import Hidden
@@ -23,10 +23,16 @@ class ModelSkeleton(Skeleton):
     """A model as a method sees it."""
 
     def __init__(
-        self, model: Any, how: Structure, batches: Sequence[Batch], device: torch.device | None, progress: bool | None
+        self,
+        model: Any,
+        how: Structure,
+        batches: Sequence[Batch],
+        device: torch.device | None,
+        progress: bool | None,
     ) -> None:
         self.model, self.how, self.batches, self.device, self.progress = model, how, batches, device, progress
         self.list = blocks_of(model)[1]
+        self.budget = Parameters(self.parameters)
         self.rows: list[dict[str, Any]] = [{"block": index} for index in range(len(self.list))]
 
     @property

@@ -19,6 +19,7 @@ from gossamer.sites._calibrate import Batch
 from gossamer.sites._coupling import couplings
 from gossamer.sites._inputs import batches_of, check_batches
 from gossamer.sites._job import check_finite
+from gossamer.sites._latency import Latency, measure, whole_pass
 from gossamer.sites._rows import describe, peak_bytes
 from gossamer.sites._skeleton import ModelSkeleton, count, try_out
 from gossamer.sites._walk import blocks_of, targets
@@ -33,7 +34,9 @@ def shrink(
     model: nn.Module,
     method: str | Structure,
     *,
-    sparsity: float,
+    sparsity: float | None = None,
+    speedup: float | None = None,
+    at: tuple[int, int] = (1, 512),
     data: str | Path | Tensor | Sequence[Batch] | None = None,
     tokenizer: Any = None,
     seqlen: int = 512,
@@ -50,6 +53,8 @@ def shrink(
         model: a transformers model; tied weights stay tied, dtypes and devices stay as they are.
         method: a method of structure, or its spec: "Depth", "CFSP(multiple=128)".
         sparsity: the fraction of the parameters inside the blocks that goes, in (0, 1).
+        speedup: instead of it, how many times as fast a pass shall be; times are measured where the model is.
+        at: the pass that ``speedup`` is of: (batch, tokens), without a cache.
         data: calibration text (a file, a directory, "builtin", a data set's name), token ids of shape (samples, seqlen), or
             a sequence of keyword-argument mappings for the model.
         tokenizer: for text; by default the one saved with the model.
@@ -59,7 +64,8 @@ def shrink(
         progress: show a bar; by default only on a terminal.
 
     Returns:
-        The `Report`; its ``structure`` counts parameters and blocks before and after, and says what opens the result.
+        The `Report`; its ``structure`` counts parameters and blocks before and after, and says what opens the result. With
+        ``speedup`` it has the seconds of a pass before and after too, and the table of times.
 
     Raises:
         GossamerError: anything asked for that cannot be; the model is unchanged.
@@ -73,7 +79,7 @@ def shrink(
     """
     started = time.perf_counter()
     how = structure_of(method)
-    check_sparsity(sparsity)
+    goes = goal_of(how, sparsity, speedup, at)
     blocks = blocks_of(model)[1]
     for target in targets(model):
         if target.parameter.is_meta:
@@ -96,11 +102,14 @@ def shrink(
     try:
         if batches:
             try_out(skeleton, [by_block[0] for by_block in found.values()])
+        times = measure(model, kinds, at, progress) if speedup is not None else None
+        skeleton.budget = times or skeleton.budget
         try:
-            how(skeleton, sparsity)
+            how(skeleton, goes)
         except ArithmeticError as error:
             raise GossamerError(str(error)) from error
         plain = settle(model)
+        latency = {} if times is None else {"latency": _reached(times, whole_pass(model, at), speedup, at)}
     finally:
         model.train(training)
     after = count(model)
@@ -109,11 +118,13 @@ def shrink(
         "sparsity": 1 - after["inside"] / before["inside"],
         "plain": plain,
         "widths": dict(widths_of(model)),
+        **latency,
     }
+    asked = {"sparsity": sparsity} if speedup is None else {"speedup": speedup, "at": list(at)}
     drawn = _drawn(data, batches, seqlen, samples, sample, seed)
     return Report(
         kind="shrink",
-        recipe={"method": repr(how), "pattern": None, "sparsity": sparsity, **drawn},
+        recipe={"method": repr(how), "pattern": None, **asked, **drawn},
         model=describe(model),
         weights=[],
         blocks=skeleton.rows,
@@ -128,7 +139,9 @@ def shrink_checkpoint(
     out: str | Path,
     method: str | Structure,
     *,
-    sparsity: float,
+    sparsity: float | None = None,
+    speedup: float | None = None,
+    at: tuple[int, int] = (1, 512),
     data: str | Path | None = None,
     seqlen: int = 512,
     samples: int = 32,
@@ -155,7 +168,8 @@ def shrink_checkpoint(
     check_out(Path(out), source, force)
     model, tokens = causal_lm(source), tokenizer(source)
     drawn: dict[str, Any] = {"data": data, "seqlen": seqlen, "samples": samples, "sample": sample, "seed": seed}
-    report = shrink(model, method, sparsity=sparsity, tokenizer=tokens, device=device, progress=progress, **drawn)
+    goal: dict[str, Any] = {"sparsity": sparsity, "speedup": speedup, "at": at}
+    report = shrink(model, method, **goal, tokenizer=tokens, device=device, progress=progress, **drawn)
     report.model["name"] = name or str(source)
     report.recipe["command"] = command_of(report.model["name"], report.recipe, str(out))
     save(model, out, report=report, tokenizer=tokens, force=force)
@@ -174,9 +188,27 @@ def structure_of(method: str | Structure) -> Structure:
     return found
 
 
-def check_sparsity(sparsity: float) -> None:
-    if not 0 < sparsity < 1:
-        raise GossamerError(f"sparsity is the fraction of the blocks' parameters that goes, in (0, 1); got {sparsity}")
+def goal_of(how: Structure, sparsity: float | None, speedup: float | None, at: Sequence[int]) -> float:
+    """Return the fraction of the budget that is to go.
+
+    Raises:
+        GossamerError: none or both of the two are given, one is out of range, or the method has no budget of time.
+    """
+    if (sparsity is None) == (speedup is None):
+        raise GossamerError("say how much is to go: either sparsity or speedup")
+    if speedup is None:
+        assert sparsity is not None
+        if not 0 < sparsity < 1:
+            raise GossamerError(f"sparsity is the fraction of the blocks' parameters that goes, in (0, 1); got {sparsity}")
+        return sparsity
+    if not how.timed:
+        able = sorted(name for name, kind in STRUCTURES.items() if getattr(kind, "timed", False))
+        raise GossamerError(f"{how} takes a sparsity, no speed-up; what goes by time is {', '.join(able)}")
+    if not 1 < speedup < float("inf"):
+        raise GossamerError(f"a speed-up is how many times as fast the model shall be, over 1; got {speedup}")
+    if len(at) != 2 or min(at) < 1:
+        raise GossamerError(f"at is (batch, tokens), both at least 1; got {tuple(at)}")
+    return 1 - 1 / speedup
 
 
 def opens(plain: bool, folder: str | Path = "DIR") -> str:
@@ -191,10 +223,21 @@ def opens(plain: bool, folder: str | Path = "DIR") -> str:
 
 def command_of(model: str, recipe: dict[str, Any], out: str) -> str:
     """Return the shell command that shrinks a model by this recipe."""
-    words = ["gossamer", "shrink", model, "--method", recipe["method"], "--sparsity", str(recipe["sparsity"])]
+    words = ["gossamer", "shrink", model, "--method", recipe["method"]]
+    if "speedup" in recipe:
+        words += ["--speedup", str(recipe["speedup"]), "--at", "x".join(map(str, recipe["at"]))]
+    else:
+        words += ["--sparsity", str(recipe["sparsity"])]
     for option in ("data", "seqlen", "samples", "sample", "seed"):
         words += [f"--{option}", str(recipe[option])] if option in recipe else []
     return shlex.join([*words, "--out", out])
+
+
+def _reached(times: Latency, after: float, speedup: float | None, at: tuple[int, int]) -> dict[str, Any]:
+    """Return what the report says of time: what was asked for and reached, seconds before and after, and the table."""
+    table = {kind: [[n, taken] for n, taken in rows] for kind, rows in times.blocks.items()}
+    reached = {"speedup": [speedup, times.total / after], "seconds": [times.total, after]}
+    return {"at": list(at), **reached, "block": table}
 
 
 def _drawn(data: Any, batches: Sequence[Batch], seqlen: int, samples: int, sample: str, seed: int) -> dict[str, Any]:

@@ -19,15 +19,16 @@ class ZipLM(Structure):
     W is what reads the structures, of attention and of the MLP, S the columns of one head group or channel, H = X Xᵀ +
     λ·mean(diag)·I of its inputs. On the dense model every layer is taken apart one structure after another, which gives an
     order, and the error ‖(W − Ŵ)X‖² / ‖WX‖² of every number that may be gone. Dynamic programming picks the numbers: the least
-    sum of errors within the parameters that are to stay. Then, block by block, what is left of W is fitted in closed form,
+    sum of errors within the parameters that are to stay, or within the time (``speedup``), by a table of what each number takes
+    on this device. Then, block by block, what is left of W is fitted in closed form,
     (W H)_:,K (H_KK)⁻¹, with H of what comes out of the blocks already shrunk.
 
     Args:
         damp: λ, as a fraction of H's mean diagonal.
         multiple: channels are counted in multiples of this.
 
-    The paper weighs each layer's error by a coefficient that it searches for with the loss; here every one is 1. Its budget is
-    time on a device, here parameters; it removes query heads one by one, here a key-value head goes with those that share it.
+    The paper weighs each layer's error by a coefficient that it searches for with the loss; here every one is 1. It removes
+    query heads one by one, here a key-value head goes with those that share it.
 
     >>> ZipLM(damp=0.1)
     ZipLM(damp=0.1)
@@ -37,6 +38,7 @@ class ZipLM(Structure):
     multiple: int = 8
     removes: ClassVar[frozenset[str]] = frozenset({"channels", "heads"})
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
+    timed: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.damp > 0 or self.multiple < 1:
@@ -46,14 +48,13 @@ class ZipLM(Structure):
     def __call__(self, model: Skeleton, sparsity: float) -> None:
         groups = [group for kind in ("heads", "channels") for group in model.groups(kind)]
         levels = [self._levels(group) for group in groups]
-        sizes = [[(group.count - n) * group.size for n in own] for group, own in zip(groups, levels, strict=True)]
+        budget = model.budget
+        sizes = [[budget.cost(group, group.count - n) for n in own] for group, own in zip(groups, levels, strict=True)]
         least, whole = (sum(f(own) for own in sizes) for f in (min, max))
-        stay = whole - sparsity * model.parameters
+        stay = whole - sparsity * budget.total
         if stay < least:
-            most = (whole - least) / model.parameters
-            raise GossamerError(
-                f"{self} can remove at most {most:.4f} of the parameters in the blocks; {sparsity} was asked for"
-            )
+            most = budget.says((whole - least) / budget.total)
+            raise GossamerError(f"{self} ends at {most}; {budget.says(sparsity)} was asked for")
 
         found: dict[tuple[str, int], Removal] = {}
         energy: dict[tuple[str, int], float] = {}

@@ -24,7 +24,7 @@ from gossamer.sites.weights import prune
 from gossamer.solvers import ALPS, ARMOR, GQSA, OBERT, Asymmetric, DSnoT, Mask, NetTrim, SparseGPT
 from gossamer.speed import bench
 from gossamer.structures import CFSP, Depth, SliceGPT, ZipLM
-from gossamer.tuners import AST, CAST, PERP, PST, SPP, Full, LoRAPrune, MaskLLM, MaskLoRA, ScaleLoRA
+from gossamer.tuners import AST, CAST, OQP, PERP, PST, SPP, Full, LoRAPrune, MaskLLM, MaskLoRA, ScaleLoRA
 from gossamer.tuning import tune
 
 __version__ = "0.1.0"
@@ -38,6 +38,7 @@ __all__ = [
     "GQSA",
     "NM",
     "OBERT",
+    "OQP",
     "PERP",
     "PST",
     "RIA",

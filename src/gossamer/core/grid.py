@@ -1,5 +1,7 @@
 """Grid: the values of a tile as small integers under one scale and one zero, fitted to values or found in them."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -41,12 +43,39 @@ def fitted(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def rounded(values: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """Return s·(q − z), q = clamp(round(w / s) + z, 0, 2^bits − 1), in float32.
+    """Return s·(q − z), q = clamp(round(w / s) + z, 0, 2^bits − 1), in float32; gradients go straight through the rounding.
 
     >>> rounded(torch.tensor([0.24, -0.1, 0.6]), torch.tensor([0.25]), torch.tensor([0.0]), 2)
     tensor([0.2500, 0.0000, 0.5000])
     """
-    return scale * ((values / scale).round() + zero).clamp(0, 2**bits - 1).sub(zero)
+    return scale * (straight(values / scale) + zero).clamp(0, 2**bits - 1).sub(zero)
+
+
+class _Rounding(torch.autograd.Function):
+    """Rounding whose gradient is that of its argument: straight through."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+        return x.round() if dtype is None else x.to(dtype).to(x.dtype)
+
+    @staticmethod
+    def backward(context: Any, *above: Any) -> tuple[Any, None]:
+        return above[0], None
+
+
+def straight(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Round to whole numbers, or to those of a dtype; the gradient goes straight through."""
+    out: Tensor = _Rounding.apply(x, dtype)  # type: ignore[no-untyped-call]
+    return out
+
+
+def moved(scale: Tensor, zero: Tensor, grown: Tensor, shifted: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Return a grid as training has moved it: s·exp(``grown``), z + (2^bits − 1)·``shifted``, rounded, straight through.
+
+    What is trained is small and without unit, so that an optimizer's rate means the same for both, and for every group.
+    """
+    top = 2**bits - 1
+    return straight(scale * grown.exp(), torch.bfloat16), straight(zero + top * shifted).clamp(0, top)
 
 
 def found(values: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -27,7 +27,7 @@ class GQSA(Solver):
     `gossamer.pack` finds the grid again and stores it as `Grouped`. Some kept weights are 0 on their grid, so that there are
     more zeros than asked for.
 
-    This is where the paper begins. Its first stage is `Reconstruct` with bits and group, its second the tuner `OQP`.
+    This is where the paper begins, and repairs nothing. Its first stage is `Reconstruct` with bits and group, its second `OQP`.
     Where this differs: groups of one sign have 0 on their grid, and scales are rounded to bfloat16.
 
     Args:

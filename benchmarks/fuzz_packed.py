@@ -41,13 +41,16 @@ def specimen(folder: Path) -> Files:
     model = LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=32, initializer_range=0.5)).eval().bfloat16()
     gossamer.prune(model, "Magnitude", "2:4", targets="*.up_proj,*.gate_proj")
     gossamer.prune(model, "Magnitude", "4x2", sparsity=0.5, targets="*.down_proj")
-    gossamer.prune(model, "Magnitude", "Unstructured", sparsity=0.6, targets="*.self_attn.*")
+    gossamer.prune(model, "GQSA", "1x8", sparsity=0.5, targets="*.o_proj", data=torch.arange(32).view(2, 16))
+    gossamer.prune(model, "Magnitude", "Unstructured", sparsity=0.6, targets="*.[qkv]_proj")
     for name, module in list(model.named_modules()):
         tail = name.rpartition(".")[2]
         if tail in ("up_proj", "gate_proj"):
             model.set_submodule(name, SparseLinear(formats.NM.pack(module.weight, pattern=NM(2, 4))))
         elif tail == "down_proj":
             model.set_submodule(name, SparseLinear(formats.Block.pack(module.weight, pattern=Block(4, 2))))
+        elif tail == "o_proj":
+            model.set_submodule(name, SparseLinear(formats.Grouped.pack(module.weight, pattern=Block(1, 8))))
         elif tail.endswith("_proj"):
             model.set_submodule(name, SparseLinear(formats.Bitmask.pack(module.weight)))
     gossamer.save(model, folder / "whole", packed=True)

@@ -16,7 +16,7 @@ FUZZ = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "fuzz_packe
 
 
 def test_every_damage_ends_in_an_error_or_the_same_model(tmp_path: Path) -> None:
-    outcomes, failures = FUZZ["fuzz"](count=260, seed=1, whole=10, folder=tmp_path)
+    outcomes, failures = FUZZ["fuzz"](count=260, seed=2, whole=10, folder=tmp_path)
     assert not failures
     ends: dict[str, Counter[str]] = {}
     for (damage, outcome), times in outcomes.items():

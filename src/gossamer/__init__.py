@@ -21,10 +21,10 @@ from gossamer.sites.packing import pack, unpack
 from gossamer.sites.reconstructing import Reconstruct, reconstruct
 from gossamer.sites.shrinking import shrink
 from gossamer.sites.weights import prune
-from gossamer.solvers import ALPS, ARMOR, OBERT, Asymmetric, DSnoT, Mask, NetTrim, SparseGPT
+from gossamer.solvers import ALPS, ARMOR, GQSA, OBERT, Asymmetric, DSnoT, Mask, NetTrim, SparseGPT
 from gossamer.speed import bench
 from gossamer.structures import CFSP, Depth, SliceGPT, ZipLM
-from gossamer.tuners import AST, CAST, PERP, PST, SPP, Full, LoRAPrune, MaskLLM, MaskLoRA, ScaleLoRA
+from gossamer.tuners import AST, CAST, OQP, PERP, PST, SPP, Full, LoRAPrune, MaskLLM, MaskLoRA, ScaleLoRA
 from gossamer.tuning import tune
 
 __version__ = "0.1.0"
@@ -35,8 +35,10 @@ __all__ = [
     "AST",
     "CAST",
     "CFSP",
+    "GQSA",
     "NM",
     "OBERT",
+    "OQP",
     "PERP",
     "PST",
     "RIA",

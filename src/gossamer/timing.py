@@ -17,6 +17,8 @@ from gossamer.core import pattern as patterns
 from gossamer.core.atomic import write_text
 from gossamer.core.errors import GossamerError
 from gossamer.core.format import DTYPES, Format
+from gossamer.core.grid import fitted, tiles, untiled
+from gossamer.core.grid import rounded as on_grid
 from gossamer.core.pattern import NM, Block, Pattern, Unstructured
 from gossamer.core.report import environment, read_json
 from gossamer.core.spec import names_in, parse
@@ -155,7 +157,11 @@ def _random(product: Product, dtype: torch.dtype, device: torch.device) -> tuple
         mask = torch.rand(weight.shape, generator=generator, device=device) >= product.sparsity
     else:
         mask = pattern.select(weight.abs(), product.sparsity if pattern.takes_sparsity else None)
-    return weight.masked_fill_(~mask, 0).to(dtype), mask
+    weight = weight.masked_fill_(~mask, 0)
+    if product.format == "Grouped" and isinstance(pattern, Block):  # it packs what lies on 4-bit grids
+        own = tiles(weight, pattern.h, pattern.w)
+        weight = untiled(on_grid(own, *fitted(own, 4), 4), pattern.h, pattern.w)
+    return weight.to(dtype), mask
 
 
 def _turns(size: int, device: torch.device) -> int:

@@ -62,6 +62,7 @@ VALUES = [
     solvers.SparseGPT(damp=0.02, block=64),
     solvers.ALPS(),
     solvers.ARMOR(block=32),
+    solvers.GQSA(bits=3),
     solvers.Asymmetric(solvers.ALPS(steps=9), share=0.5),
     solvers.SparseLLM(steps=3),
     pattern.NM(2, 4, permute=True),

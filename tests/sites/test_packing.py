@@ -108,7 +108,7 @@ def test_nothing_to_pack(tiny_llama: Any) -> None:
 
 def test_refusals_change_nothing(pruned: Any) -> None:
     for call, words in {
-        lambda: gossamer.pack(pruned, "Bitmsk"): "unknown format 'Bitmsk'; known: NM, Bitmask, Block, Sliced, Tiled",
+        lambda: gossamer.pack(pruned, "Bitmsk"): "unknown format 'Bitmsk'; known: NM, Bitmask, Block, Grouped, Sliced, Tiled",
         lambda: gossamer.pack(pruned, "NM"): "packs an N:M pattern",
         lambda: gossamer.pack(pruned, "NM", pattern="2:4"): "more than 2:4 allows",
         lambda: gossamer.pack(pruned, "Bitmask", kernel="triton"): "triton",

@@ -19,15 +19,17 @@ class Format(ABC):
 
     Attributes:
         shape: (out, in).
-        values: the stored values; their dtype and device are the matrix's.
+        values: what is stored of the kept entries.
         derived: names of the fields that follow from the others, which files leave out.
         kernels: the implementations its product has.
+        typed: the field whose dtype is the matrix's.
     """
 
     shape: tuple[int, int]
     values: Tensor
     derived: ClassVar[frozenset[str]] = frozenset()
     kernels: ClassVar[tuple[str, ...]]
+    typed: ClassVar[str] = "values"
 
     @classmethod
     @abstractmethod
@@ -64,6 +66,17 @@ class Format(ABC):
         """Return the tensors by field name: those a file holds, or all that lie in memory."""
         found = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
         return {k: v for k, v in found.items() if isinstance(v, Tensor) and (derived or k not in self.derived)}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The matrix's dtype."""
+        found: torch.dtype = getattr(self, self.typed).dtype
+        return found
+
+    @property
+    def nnz(self) -> int:
+        """How many stored entries are not zero; of a product, its core's."""
+        return int(self.values.count_nonzero())
 
     @property
     def bytes(self) -> int:

@@ -148,6 +148,29 @@ def store_f32(typingctx: Any, base: Any, index: Any, value: Any) -> Any:
 
 
 @intrinsic
+def halves_dot(typingctx: Any, codes: Any, zero: Any, low: Any, high: Any) -> Any:
+    """Σ (q − z)·x over 16 integers of 4 bits: 8 bytes' low halves with 8 float32 at ``low``, their high ones at ``high``."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        raw = _load(builder, args[0], ir.VectorType(_I8, 8), 1)
+        wide, floats = ir.VectorType(_I32, 8), ir.VectorType(_F32, 8)
+        pairs = builder.zext(raw, wide)
+        nibbles = builder.and_(pairs, ir.Constant(wide, [15] * 8)), builder.lshr(pairs, ir.Constant(wide, [4] * 8))
+        first = builder.insert_element(ir.Constant(floats, ir.Undefined), args[1], _I32(0))
+        zeros = builder.shuffle_vector(first, first, ir.Constant(wide, [0] * 8))
+        total = None
+        for codes, at in zip(nibbles, args[2:], strict=True):
+            own = builder.fsub(builder.sitofp(codes, floats), zeros)
+            product = builder.fmul(own, _load(builder, at, floats, 4), flags=("contract",))
+            total = product if total is None else builder.fadd(total, product, flags=("contract",))
+        wanted = ir.FunctionType(_F32, [_F32, floats])
+        add = cgutils.get_or_insert_function(builder.module, wanted, "llvm.vector.reduce.fadd.v8f32")
+        return builder.call(add, [ir.Constant(_F32, -0.0), total], fastmath=("reassoc",))
+
+    return types.float32(INT, types.float32, INT, INT), codegen
+
+
+@intrinsic
 def copy_bits(typingctx: Any, to: Any, i: Any, source: Any, j: Any, size: Any) -> Any:
     """Copy entry j of ``source`` to entry i of ``to``; entries are ``size`` (2 or 4) bytes."""
 

@@ -134,7 +134,7 @@ def recover(
         if held_out is not None and dense is not None:
             found["dense"] = perplexity(dense, held_out)["perplexity"]
         chosen = find_targets(model, targets)
-        masks = {} if chooses else masks_of(chosen, show(tuner))
+        masks = {} if chooses else masks_of(chosen, show(tuner), getattr(tuner, "group", None))
         watched = [getattr(t.module, t.attribute) for t in chosen if t.name in masks]
         loaded = time.perf_counter()
         job = Job(tuner, How(steps, shape, fraction, targets, dense), plan, wanted, model, text, watched, every, progress)

@@ -17,13 +17,13 @@ from gossamer.sites.checkpoint import save
 from gossamer.sites.packing import LEAST
 
 
-def masks_of(chosen: Sequence[Target], method: str) -> dict[str, Tensor]:
-    """Return the masks of the weights that are pruned: those with zeros, and not only zeros.
+def masks_of(chosen: Sequence[Target], method: str, group: int | None = None) -> dict[str, Tensor]:
+    """Return the masks of the weights that are pruned: those with zeros (or groups of them), and not only zeros.
 
     Raises:
         GossamerError: the model is as good as dense: some zeros are in any weight that was rounded.
     """
-    kept = {target.name: target.parameter != 0 for target in chosen}
+    kept = {target.name: target.kept(group) for target in chosen}
     zeros = 1 - sum(int(mask.sum()) for mask in kept.values()) / sum(mask.numel() for mask in kept.values())
     if zeros < LEAST:
         raise GossamerError(

@@ -20,13 +20,13 @@ from torch import Tensor
 from gossamer.core.errors import GossamerError
 from gossamer.core.format import DTYPES, Format
 from gossamer.core.report import read_json
-from gossamer.formats import NM, Bitmask, Block, Wrapped
+from gossamer.formats import NM, Bitmask, Block, Grouped, Wrapped
 from gossamer.models import INDEX, PACKED, check_directory
 from gossamer.sites._widths import Widths, check_widths
 
 VERSION = 2
-LAYOUTS: dict[str, type[Format]] = {"Bitmask": Bitmask, "Block": Block, "NM": NM, "Wrapped": Wrapped}
-_SIZES: dict[type[Format], tuple[str, str]] = {Block: ("h", "w"), NM: ("n", "m"), Wrapped: ("n", "m")}
+LAYOUTS: dict[str, type[Format]] = {"Bitmask": Bitmask, "Block": Block, "Grouped": Grouped, "NM": NM, "Wrapped": Wrapped}
+_SIZES: dict[type[Format], tuple[str, str]] = {Block: ("h", "w"), Grouped: ("h", "w"), NM: ("n", "m"), Wrapped: ("n", "m")}
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 
@@ -37,8 +37,8 @@ class Weight:
     Attributes:
         layout: the format's class.
         shape: (out, in).
-        dtype: of the values.
-        sizes: n and m for NM and Wrapped, h and w for Block.
+        dtype: of the matrix.
+        sizes: n and m for NM and Wrapped, h and w for Block and Grouped.
         transposed: dense, it is stored as (in, out), as Conv1D does.
         module: the linear's name in the model, where the files call it otherwise.
     """
@@ -53,7 +53,7 @@ class Weight:
     @classmethod
     def of(cls, packed: Format, transposed: bool, module: str | None = None) -> Self:
         """Describe a weight that is packed in one of `LAYOUTS`."""
-        return cls(type(packed), packed.shape, packed.values.dtype, _sizes(packed), transposed, module)
+        return cls(type(packed), packed.shape, packed.dtype, _sizes(packed), transposed, module)
 
     @classmethod
     def parse(cls, name: str, value: Any) -> Self:
@@ -113,7 +113,7 @@ class Weight:
 
     @property
     def _fixed(self) -> Mapping[str, int]:
-        return self.sizes if self.layout in (NM, Wrapped) else {}
+        return self.sizes if self.layout in (NM, Wrapped, Grouped) else {}
 
 
 @dataclass(frozen=True)
@@ -174,8 +174,9 @@ class Packed:
             for tensor in sorted(there.get(name, set()) - {"bias"} ^ {*weight.tensors, "weight"}):
                 told = "lacks" if tensor in {*weight.tensors, "weight"} else "has no use for"
                 raise GossamerError(f"{files}: the packed weight {name} {told} the tensor {tensor}")
-            if (dtype := files[f"{name}.values"].dtype) != weight.dtype:
-                raise GossamerError(f"{files}: the values of {name} are {dtype}, and its config says {weight.dtype}")
+            typed = weight.layout.typed
+            if (dtype := files[f"{name}.{typed}"].dtype) != weight.dtype:
+                raise GossamerError(f"{files}: {name}.{typed} is {dtype}, and its config says {weight.dtype}")
         for name, tensors in there.items():
             if "values" in tensors and name not in self.weights and not _has_own_weight(files, name, tensors):
                 raise GossamerError(f"{files}: the config has no packed weight {name}, and the files hold its values")
@@ -290,4 +291,6 @@ def _stored(layout: type[Format]) -> list[str]:
 def _sizes(packed: Format) -> dict[str, int]:
     if isinstance(packed, NM | Wrapped):
         return {"n": packed.n, "m": packed.m}
+    if isinstance(packed, Grouped):
+        return {"h": packed.h, "w": packed.w}
     return {"h": packed.values.shape[1], "w": packed.values.shape[2]} if isinstance(packed, Block) else {}

@@ -137,7 +137,7 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
 def packed_row(name: str, layer: SparseLinear) -> dict[str, Any]:
     """Return what sparsity.json says of a packed linear: what it would say of the dense one; of a product, what of its core."""
     out, in_ = layer.packed.shape
-    nnz = int(layer.packed.values.count_nonzero())
+    nnz = layer.packed.nnz
     shape = [in_, out] if layer.transposed else [out, in_]
     return {"name": f"{name}.weight", "shape": shape, "sparsity": 1 - nnz / (out * in_), "nnz": nnz}
 

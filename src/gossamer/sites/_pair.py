@@ -12,7 +12,7 @@ from gossamer.core.errors import GossamerError
 from gossamer.sites._calibrate import Batch, Calibration, eager_experts, moved
 from gossamer.sites._inputs import check_batches
 from gossamer.sites._job import check_finite
-from gossamer.sites._refit import Example, hidden, refit
+from gossamer.sites._refit import Example, Grid, hidden, refit
 from gossamer.sites._rows import give_back
 from gossamer.sites._walk import Target, blocks_of
 from gossamer.sites._walk import targets as find_targets
@@ -34,6 +34,8 @@ class How(Protocol):
     def parts(self) -> str: ...
     @property
     def rank(self) -> int | None: ...
+    @property
+    def grid(self) -> Grid | None: ...
 
 
 class Pair:
@@ -96,6 +98,8 @@ class Pair:
                         generator=generator,
                         device=self.device or next(module.parameters()).device,
                         tell=tell,
+                        grid=self.how.grid,
+                        turned=set(self._names(index, module, transposed=True)),
                     )
             except GossamerError as error:
                 raise GossamerError(f"{name}: {error}") from error
@@ -122,12 +126,18 @@ class Pair:
         return examples
 
     def _masks(self, index: int, module: nn.Module) -> dict[str, Tensor]:
+        return {name: self.masks[target] for name, target in self._names(index, module).items()}
+
+    def _names(self, index: int, module: nn.Module, *, transposed: bool = False) -> dict[str, Target]:
+        """Return the pruned weights of a part of a block by their names in it; the ``transposed`` ones only, if told so."""
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         own = {t: names.get(id(getattr(t.module, t.attribute))) for t in self.masks if t.block == index}
-        return {name: self.masks[target] for target, name in own.items() if name is not None}
+        return {name: t for t, name in own.items() if name is not None and (t.transposed or not transposed)}
 
 
-def check(model: nn.Module, teacher: nn.Module, batches: Sequence[Batch], expression: str | None) -> dict[Target, Tensor]:
+def check(
+    model: nn.Module, teacher: nn.Module, batches: Sequence[Batch], expression: str | None, group: int | None = None
+) -> dict[Target, Tensor]:
     """Return the masks of the pruned weights, and raise for everything that can be wrong, before anything is changed."""
     check_teacher(model, teacher)
     if len(blocks_of(model)[1]) != len(blocks_of(teacher)[1]):
@@ -139,7 +149,7 @@ def check(model: nn.Module, teacher: nn.Module, batches: Sequence[Batch], expres
         )
     for target in [*chosen, *(t for t in find_targets(teacher) if not t.parameter.is_meta)]:
         check_finite(target)
-    masks = {target: target.parameter != 0 for target in chosen}
+    masks = {target: target.kept(group) for target in chosen}
     masks = {target: mask for target, mask in masks.items() if not mask.all()}
     if not masks:
         raise GossamerError(f"none of the {len(chosen)} weights has zeros: prune the model first, with gossamer.prune")

@@ -5,15 +5,17 @@ and its zeros are exact at every step, because what it runs on is always masked.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from gossamer.core.errors import GossamerError
+from gossamer.core.grid import fitted, rounded, tiles, untiled
+from gossamer.core.grid import moved as regridded
 from gossamer.sites._calibrate import Call, moved
 
 Named = dict[str, Tensor]
@@ -26,6 +28,13 @@ class Example:
     call: Call
     answer: Tensor
     counted: Tensor | None = None
+
+
+class Grid(NamedTuple):
+    """What weights are rounded to: ``bits`` of each, groups of so many inputs under one scale and zero."""
+
+    bits: int
+    group: int
 
 
 class Kept:
@@ -57,6 +66,35 @@ class LowRank:
         return self._start | {name: self._start[name] + update for name, update in updates.items()}
 
 
+class Gridded(Kept):
+    """Every parameter is trained, and what has a mask is seen as s·(q − z): its groups on grids of ``bits`` bits, trained too.
+
+    Args:
+        turned: the parameters that are stored (in, out).
+    """
+
+    def __init__(self, start: Named, masks: Named, generator: torch.Generator, grid: Grid, turned: Collection[str]) -> None:
+        self._grid, self._turned, self._grids = grid, turned, dict[str, tuple[Tensor, Tensor]]()
+        for name, mask in masks.items():
+            self._grids[name] = fitted(self._groups(name, start[name] * mask), grid.bits)
+        super().__init__(start, masks, generator)
+        self._own = list(start)
+        for name, (scale, zero) in self._grids.items():
+            self.leaves[f"{name}.grown"] = torch.zeros_like(scale).requires_grad_()
+            self.leaves[f"{name}.shifted"] = torch.zeros_like(zero).requires_grad_()
+
+    def weights(self) -> Named:
+        found = {name: self.leaves[name] for name in self._own}
+        for name, (scale, zero) in self._grids.items():
+            own = regridded(scale, zero, self.leaves[f"{name}.grown"], self.leaves[f"{name}.shifted"], self._grid.bits)
+            rough = untiled(rounded(self._groups(name, found[name]), *own, self._grid.bits), 1, self._grid.group)
+            found[name] = (rough.mT if name in self._turned else rough) * self._masks[name]
+        return found
+
+    def _groups(self, name: str, w: Tensor) -> Tensor:
+        return tiles(w.mT if name in self._turned else w, 1, self._grid.group)
+
+
 def refit(
     module: nn.Module,
     masks: Named,
@@ -69,6 +107,8 @@ def refit(
     generator: torch.Generator,
     device: torch.device,
     tell: Callable[[float], None],
+    grid: Grid | None = None,
+    turned: Collection[str] = (),
 ) -> dict[str, Any]:
     """Minimise ‖f(x) − y‖² / ‖y‖² over the module's kept weights, and keep the result if it is better on ``held``.
 
@@ -80,6 +120,8 @@ def refit(
         rank: of a low-rank update; None trains every parameter.
         device: where the work is done.
         tell: is given the error after each step.
+        grid: what kept weights are rounded to, if anything; always: where training brings nothing, as at its start.
+        turned: the parameters that are stored (in, out).
 
     Returns:
         ``before`` and ``after`` (errors on ``held``; equal where the weights stay as they were), ``steps``, and two counts:
@@ -107,8 +149,23 @@ def refit(
         apart, size = torch.stack(pairs).sum(0)
         return float(apart / size)
 
-    before = finite(judged(start), "before any step")
-    trained = Kept(start, masks, generator) if rank is None else LowRank(start, masks, generator, rank)
+    own = dict(module.named_parameters())
+
+    @torch.no_grad()
+    def stored() -> dict[str, tuple[Tensor, int]]:
+        """Return what would be in the parameters now. On a grid 0 is a value as any other, and none is raised."""
+        floors = masks if grid is None else {}
+        return {name: _stored(w, floors.get(name), own[name].dtype) for name, w in trained.weights().items()}
+
+    trained: Kept | LowRank
+    if grid is not None:
+        trained = Gridded(start, masks, generator, grid, turned)
+        first = stored()
+        before = finite(judged({name: full(w) for name, (w, _) in first.items()}), "before any step")
+    else:
+        first = {}
+        before = finite(judged(start), "before any step")
+        trained = Kept(start, masks, generator) if rank is None else LowRank(start, masks, generator, rank)
     steps = epochs * len(fit)
     optimizer = torch.optim.Adam(trained.leaves.values(), lr=rate, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: _rate(i, steps))
@@ -123,13 +180,11 @@ def refit(
         schedule.step()
 
     with torch.no_grad():
-        own = dict(module.named_parameters())
-        found = {name: _stored(w, masks.get(name), own[name].dtype) for name, w in trained.weights().items()}
+        found = stored()
         after = judged({name: full(w) for name, (w, _) in found.items()})
         better = after < before  # false for NaN too
-        if better:
-            for name, (w, _) in found.items():
-                own[name].copy_(w)
+        for name, (w, _) in (found if better else first).items():
+            own[name].copy_(w)
     raised = sum(count for _, count in found.values()) if better else 0
     count = sum(leaf.numel() for leaf in trained.leaves.values())
     return {"before": before, "after": after if better else before, "steps": steps, "trained": count, "raised": raised}

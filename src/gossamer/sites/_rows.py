@@ -33,7 +33,7 @@ def row(target: Target) -> dict[str, Any]:
 
 def wrapped(target: Target, packed: Format) -> dict[str, Any]:
     """Return what is to be said of a weight that has become a product: the zeros of its core, and what it takes."""
-    w, nnz = target.parameter, int(packed.values.count_nonzero())
+    w, nnz = target.parameter, packed.nnz
     return {
         "sparsity": 1 - nnz / w.numel(),
         "nnz": nnz,

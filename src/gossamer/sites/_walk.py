@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from gossamer.core.errors import GossamerError
+from gossamer.core.grid import kept_tiles
+from gossamer.core.pattern import Block
 from gossamer.sites._sparse_linear import SparseLinear
 
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -46,6 +48,19 @@ class Target:
         """Return a view of the weight as a stack of matrices, (experts or 1, out, in); writing to it writes the weight."""
         view = self.parameter if self.stacked else self.parameter.unsqueeze(0)
         return view.transpose(-1, -2) if self.transposed else view
+
+    def kept(self, group: int | None = None) -> Tensor:
+        """Return the mask of what is kept, as stored: what is not 0, or the groups of so many inputs that hold anything.
+
+        Raises:
+            GossamerError: groups of so many do not divide the inputs.
+        """
+        w = self.parameter
+        if group is None:
+            return w != 0
+        Block(1, group).check(self.matrices().shape, self.name)
+        mask = kept_tiles(w.mT if self.transposed else w, 1, group)
+        return mask.mT.contiguous() if self.transposed else mask
 
 
 def text_config(model: nn.Module) -> Any:

@@ -52,8 +52,9 @@ def pack(
 
     Args:
         model: a transformers model with zeros in its weights.
-        format: "Bitmask", "NM", "Block", "Sliced" or "Tiled" forces one, without timing; None lets the measurements decide.
-        pattern: what the zeros follow ("2:4", "4x1"), for the formats that use it; unstructured by default.
+        format: "Bitmask", "NM", "Block", "Grouped", "Sliced" or "Tiled" forces one, without timing; None lets the measurements
+            decide, among those that fit any values.
+        pattern: what the zeros follow ("2:4", "4x1", "1x16"), for the formats that use it; unstructured by default.
         batch: how many tokens at a time the model will run on.
         kernel: an implementation by name; "auto" takes the fastest there is.
         targets: which weights, by name or glob; by default every linear inside the blocks.

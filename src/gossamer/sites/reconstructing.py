@@ -14,6 +14,7 @@ from gossamer.core.spec import spec
 from gossamer.sites._calibrate import Batch
 from gossamer.sites._inputs import batches_of
 from gossamer.sites._pair import Pair, check, evaluating
+from gossamer.sites._refit import Grid
 from gossamer.sites._rows import describe, peak_bytes, row
 from gossamer.sites.distilling import check_teacher
 from gossamer.sites.weights import bar
@@ -31,6 +32,8 @@ class Reconstruct:
             what these could not; or "dense", what it has in the dense model.
         parts: what is fitted at once: a "block", or its "halves", attention and then MLP: its children that hold weights.
         rank: fit updates of this rank to the pruned weights, W + M ⊙ (BA), instead of everything.
+        bits, group: round the kept weights, straight through for gradients, to s·(q − z): q of so many bits, s and z of each
+            group of so many inputs trained too (BQPO, the first stage of `GQSA`). Without them nothing is rounded.
 
     >>> Reconstruct(epochs=4)
     Reconstruct(epochs=4)
@@ -42,6 +45,8 @@ class Reconstruct:
     inputs: str = "pruned"
     parts: str = "block"
     rank: int | None = None
+    bits: int | None = None
+    group: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in {"epochs": self.epochs, "batch": self.batch, "rank": 1 if self.rank is None else self.rank}.items():
@@ -53,6 +58,15 @@ class Reconstruct:
             raise GossamerError(f"inputs is {' or '.join(INPUTS)}, not {self.inputs!r}")
         if self.parts not in PARTS:
             raise GossamerError(f"parts is {' or '.join(PARTS)}, not {self.parts!r}")
+        if (self.bits is None) != (self.group is None) or (self.bits is not None and self.rank is not None):
+            raise GossamerError("bits and group go together, and without rank: Reconstruct(bits=4, group=16)")
+        if self.bits not in (None, 2, 3, 4) or not (self.group is None or (isinstance(self.group, int) and self.group > 0)):
+            raise GossamerError(f"bits are 2, 3 or 4, and group is a positive integer, not {self.bits!r} and {self.group!r}")
+
+    @property
+    def grid(self) -> Grid | None:
+        """What weights are rounded to."""
+        return None if self.bits is None or self.group is None else Grid(self.bits, self.group)
 
     def __call__(
         self,
@@ -75,7 +89,7 @@ class Reconstruct:
             after_block: is given the index and the rows of each block that is done.
         """
         started = time.perf_counter()
-        masks = check(model, teacher, batches, targets)
+        masks = check(model, teacher, batches, targets, self.group)
         where = None if device is None else torch.device(device)
         rows: list[dict[str, Any]] = []
         with evaluating(model), evaluating(teacher), torch.no_grad():
@@ -123,6 +137,8 @@ def reconstruct(
     inputs: str = Reconstruct.inputs,
     parts: str = Reconstruct.parts,
     rank: int | None = Reconstruct.rank,
+    bits: int | None = Reconstruct.bits,
+    group: int | None = Reconstruct.group,
 ) -> Report:
     """Recover a pruned model without labels, in place and block by block, its zeros exact: see `Reconstruct` for the formula.
 
@@ -138,7 +154,7 @@ def reconstruct(
         targets: the weights whose zeros are kept, as in `prune`.
         device: where blocks are worked on, one of each model at a time; by default where the models are.
         progress: show a bar; by default only on a terminal.
-        epochs, batch, rate, inputs, parts, rank: see `Reconstruct`.
+        epochs, batch, rate, inputs, parts, rank, bits, group: see `Reconstruct`.
 
     Returns:
         A `Report` of kind "reconstruct": a row for each weight, and in ``blocks`` one for each block (or half): its error
@@ -161,7 +177,7 @@ def reconstruct(
     >>> report.totals["sparsity"], all(block["after"] < block["before"] for block in report.blocks)
     (0.5, True)
     """
-    method = Reconstruct(epochs, batch, rate, inputs, parts, rank)
+    method = Reconstruct(epochs, batch, rate, inputs, parts, rank, bits, group)
     if data is None:
         raise GossamerError("reconstruct needs calibration data: give data= a text file, token ids, or 'builtin'")
     check_teacher(model, teacher)

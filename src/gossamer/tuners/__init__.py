@@ -6,9 +6,10 @@ from gossamer.tuners.full import Full
 from gossamer.tuners.loraprune import LoRAPrune
 from gossamer.tuners.maskllm import MaskLLM
 from gossamer.tuners.masklora import MaskLoRA
+from gossamer.tuners.oqp import OQP
 from gossamer.tuners.perp import PERP
 from gossamer.tuners.pst import PST
 from gossamer.tuners.scalelora import ScaleLoRA
 from gossamer.tuners.spp import SPP
 
-__all__ = ["AST", "CAST", "PERP", "PST", "SPP", "Full", "LoRAPrune", "MaskLLM", "MaskLoRA", "ScaleLoRA"]
+__all__ = ["AST", "CAST", "OQP", "PERP", "PST", "SPP", "Full", "LoRAPrune", "MaskLLM", "MaskLoRA", "ScaleLoRA"]

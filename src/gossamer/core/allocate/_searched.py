@@ -33,6 +33,7 @@ def searched(tensors: Mapping[str, Tensor], sparsity: float, errors: Errors, *, 
     Raises:
         GossamerError: steps is no integer above 1, or an error is NaN or infinite.
 
+    >>> import torch
     >>> measured = {"robust": [0.0, 0.1, 0.2, 0.3], "fragile": [0.0, 0.5, 1.0, 2.0]}
     >>> searched({name: torch.empty(8, 8) for name in measured}, 0.5, lambda grid: measured, steps=4)
     {'robust': 0.75, 'fragile': 0.25}

@@ -88,6 +88,14 @@ class Skeleton(ABC):
         """
 
     @abstractmethod
+    def gradients(self, *kinds: str) -> Iterator[tuple[Group, Group]]:
+        """Yield each group of these kinds with one that holds ∂L/∂w, float32, in the place of each of its weights.
+
+        L is the mean next-token loss on the calibration windows, of the model as it is when this is called; the gradients of a
+        group live only until the next one's. For methods that need "grad".
+        """
+
+    @abstractmethod
     def keep(self, group: Group, members: Tensor) -> None:
         """Leave only the members with these indices (ascending, at least one)."""
 
@@ -126,7 +134,7 @@ class Structure(ABC):
 
     Attributes:
         removes: the kinds of structure that it removes: "blocks", "channels", "heads", "hidden" (directions of hidden states).
-        needs: what calibration has to bring: "states" (hidden states), "norm", "mean", "gram".
+        needs: what calibration has to bring: "states" (hidden states), "norm", "mean", "gram", "grad" (gradients of the loss).
         even: whether all blocks end with the same widths, which an ordinary config.json can say.
     """
 

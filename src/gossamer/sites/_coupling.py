@@ -102,11 +102,11 @@ class Coupling:
         """Query heads in one member."""
         return self.parts[-1].lots[0] // self.head_dim if self.head_dim else 0
 
-    def group(self) -> Group:
-        """Return the group as methods see it."""
+    def group(self, values: Sequence[Tensor] | None = None) -> Group:
+        """Return the group as methods see it; with tensors in the place of its parts' weights, as these are stored."""
         into, size = [], 0
-        for part in self.parts:
-            matrix = part.module.weight.data.T if is_transposed(part.module) else part.module.weight.data
+        for part, weight in zip(self.parts, values or [part.module.weight.data for part in self.parts], strict=True):
+            matrix = weight.T if is_transposed(part.module) else weight
             size += sum(part.lots) * matrix.shape[1 if part.rows else 0]
             if part.rows:
                 size += sum(part.lots) if part.module.bias is not None else 0

@@ -13,6 +13,7 @@ from gossamer.core.stats import INPUTS, Stats
 from gossamer.core.structure import Group, Skeleton, Solve, Step, Structure
 from gossamer.sites._calibrate import Batch, Calibration, Call
 from gossamer.sites._coupling import Coupling, couplings, is_transposed
+from gossamer.sites._gradients import gradients
 from gossamer.sites._hidden import Hidden
 from gossamer.sites._walk import Target, blocks_of
 from gossamer.sites._widths import adopt, built, difference, narrower, renumber, widths_of
@@ -63,6 +64,18 @@ class ModelSkeleton(Skeleton):
                 yield Step(index, inputs, outputs, stats)
                 inputs = outputs
                 shown.update()
+
+    def gradients(self, *kinds: str) -> Iterator[tuple[Group, Group]]:
+        found = [coupling for kind in kinds for coupling in couplings(self.model, self.list, kind)]
+        named = [[f"{c.kind} {c.block} {place}" for place in range(len(c.parts))] for c in found]
+        targets = [
+            Target(name, part.module, "weight", c.block)
+            for c, names in zip(found, named, strict=True)
+            for name, part in zip(names, c.parts, strict=True)
+        ]
+        known = gradients(self.model, self.batches, targets)
+        for coupling, names in zip(found, named, strict=True):
+            yield coupling.group(), coupling.group([known.pop(name) for name in names])
 
     def keep(self, group: Group, members: Tensor) -> None:
         row = self.rows[group.block]

@@ -17,14 +17,16 @@ from gossamer.sites.checkpoint import save
 from gossamer.sites.packing import LEAST
 
 
-def masks_of(chosen: Sequence[Target], method: str) -> dict[str, Tensor]:
-    """Return the masks of the weights that are pruned: those with zeros, and not only zeros.
+def masks_of(chosen: Sequence[Target], method: str, shrunk: bool) -> dict[str, Tensor]:
+    """Return the masks of the weights that are pruned: those with zeros, and not only zeros; none of a shrunk dense model.
 
     Raises:
-        GossamerError: the model is as good as dense: some zeros are in any weight that was rounded.
+        GossamerError: the model is as good as dense (some zeros are in any weight that was rounded), and was not shrunk.
     """
     kept = {target.name: target.parameter != 0 for target in chosen}
     zeros = 1 - sum(int(mask.sum()) for mask in kept.values()) / sum(mask.numel() for mask in kept.values())
+    if zeros < LEAST and shrunk:  # what was removed cannot come back: all that is left is trained
+        return {}
     if zeros < LEAST:
         raise GossamerError(
             f"only {zeros:.2%} of the weights are zero, and {method} is to keep zeros: prune the model first (gossamer prune), "

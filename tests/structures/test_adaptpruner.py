@@ -130,6 +130,6 @@ def test_what_it_cannot_do_is_said_before_it_starts(tiny_llama: Callable[..., An
         gossamer.shrink(causal("mixtral"), "AdaptPruner", sparsity=0.2, data=ids())
     with pytest.raises(gossamer.GossamerError, match="AdaptPruner wants amplitude >= 0"):
         gossamer.shrink(model, AdaptPruner.__name__ + "(step=0.0)", sparsity=0.2, data=ids())
-    with pytest.raises(gossamer.GossamerError, match="takes the next-token loss, so each mapping needs input_ids"):
+    with pytest.raises(gossamer.GossamerError, match="so each mapping needs input_ids"):
         gossamer.shrink(model, "AdaptPruner", sparsity=0.2, data=[{"inputs_embeds": torch.zeros(1, 4, 32)}])
     assert model.model.layers[0].mlp.up_proj.out_features == 64

@@ -15,4 +15,4 @@ def test_it_reads_back_what_it_writes_and_says_what_it_removes(cls: Any) -> None
     assert hash(method) == hash(cls())
     assert method.removes
     assert method.removes <= {"blocks", "channels", "heads", "hidden"}
-    assert method.needs <= {"states", "norm", "mean", "gram", "grad"}
+    assert method.needs <= {"states", "norm", "mean", "gram", "grad", "divergence"}

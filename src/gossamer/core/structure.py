@@ -41,6 +41,10 @@ class Group:
 
 Solve = Callable[[Group, Stats], None]
 
+# The mean of KL(then‖now) a token, on so many tokens of the calibration windows: (draw, tokens), windows in an order that the
+# number draw says.
+Divergence = Callable[[int, int], float]
+
 
 @dataclass(frozen=True, eq=False)
 class Step:
@@ -96,6 +100,10 @@ class Skeleton(ABC):
         """
 
     @abstractmethod
+    def divergence(self) -> Divergence:
+        """Return what measures how far the model has moved from what it says now; for methods that need "divergence"."""
+
+    @abstractmethod
     def keep(self, group: Group, members: Tensor) -> None:
         """Leave only the members with these indices (ascending, at least one)."""
 
@@ -134,7 +142,8 @@ class Structure(ABC):
 
     Attributes:
         removes: the kinds of structure that it removes: "blocks", "channels", "heads", "hidden" (directions of hidden states).
-        needs: what calibration has to bring: "states" (hidden states), "norm", "mean", "gram", "grad" (gradients of the loss).
+        needs: what calibration has to bring: "states" (hidden states), "norm", "mean", "gram", "grad" (gradients of the loss),
+            "divergence" (of what the model says).
         even: whether all blocks end with the same widths, which an ordinary config.json can say.
     """
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from gossamer.core.errors import GossamerError
 from gossamer.core.stats import INPUTS, Stats
-from gossamer.core.structure import Group, Skeleton, Solve, Step, Structure
+from gossamer.core.structure import Divergence, Group, Skeleton, Solve, Step, Structure
 from gossamer.sites._calibrate import Batch, Calibration, Call
 from gossamer.sites._coupling import Coupling, couplings, is_transposed
+from gossamer.sites._divergence import Moved
 from gossamer.sites._gradients import gradients
 from gossamer.sites._hidden import Hidden
 from gossamer.sites._walk import Target, blocks_of
@@ -76,6 +77,9 @@ class ModelSkeleton(Skeleton):
         known = gradients(self.model, self.batches, targets)
         for coupling, names in zip(found, named, strict=True):
             yield coupling.group(), coupling.group([known.pop(name) for name in names])
+
+    def divergence(self) -> Divergence:
+        return Moved(self.model, self.batches)
 
     def keep(self, group: Group, members: Tensor) -> None:
         row = self.rows[group.block]

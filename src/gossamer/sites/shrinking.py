@@ -89,8 +89,8 @@ def shrink(
         folder, place = getattr(model, "name_or_path", ""), next(model.parameters()).device
         batches = batches_of(data, tokenizer, seqlen, samples, sample, seed, split, folder=folder, device=place)
         check_batches(model, batches)
-        if "grad" in how.needs and not all("input_ids" in batch for batch in batches):
-            raise GossamerError(f"{how} takes the next-token loss, so each mapping needs input_ids")
+        if how.needs & {"grad", "divergence"} and not all("input_ids" in batch for batch in batches):
+            raise GossamerError(f"{how} looks at what the model says of the next token, so each mapping needs input_ids")
     training = model.training
     model.eval()  # dropout would blur the statistics
     before = count(model)

@@ -4,6 +4,7 @@ from gossamer.structures.adaptpruner import AdaptPruner
 from gossamer.structures.cfsp import CFSP
 from gossamer.structures.depth import Depth
 from gossamer.structures.slicegpt import SliceGPT
+from gossamer.structures.tyr import Tyr
 from gossamer.structures.ziplm import ZipLM
 
-__all__ = ["CFSP", "AdaptPruner", "Depth", "SliceGPT", "ZipLM"]
+__all__ = ["CFSP", "AdaptPruner", "Depth", "SliceGPT", "Tyr", "ZipLM"]

@@ -195,7 +195,7 @@ def _heads(model: nn.Module, block: nn.Module, index: int) -> Iterator[Coupling]
 def _found(block: nn.Module, table: Any) -> Iterator[tuple[nn.Module, Mapping[str, Any], Any]]:
     """Yield the modules of a block that have children of an entry's names: each with those, for its first entry that fits."""
     for owner in block.modules():
-        children = {name: child for name, child in owner.named_children() if _is_linear(child)}
+        children = {name: child for name, child in owner.named_children() if is_linear(child)}
         for into, outs in table:
             out = next((children[name] for name in outs if name in children), None)
             if out is not None and all(name in children for name in into):
@@ -209,7 +209,7 @@ def _others(owner: nn.Module, linears: Sequence[nn.Module]) -> list[Tensor]:
     return [p for p in owner.parameters() if id(p) not in inside]
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, nn.Linear | Conv1D)

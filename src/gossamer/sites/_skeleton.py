@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from gossamer.core.errors import GossamerError
 from gossamer.core.stats import INPUTS, Stats
-from gossamer.core.structure import Divergence, Group, Skeleton, Solve, Step, Structure
+from gossamer.core.structure import Divergence, Group, Linear, Skeleton, Solve, Step, Structure
 from gossamer.sites._calibrate import Batch, Calibration, Call
 from gossamer.sites._coupling import Coupling, couplings, is_transposed
 from gossamer.sites._divergence import Moved
 from gossamer.sites._gradients import gradients
 from gossamer.sites._hidden import Hidden
-from gossamer.sites._walk import Target, blocks_of
+from gossamer.sites._low_rank import LowRank
+from gossamer.sites._walk import Target, blocks_of, targets
 from gossamer.sites._widths import adopt, built, difference, narrower, renumber, widths_of
 from gossamer.sites.weights import bar
 
@@ -99,6 +100,10 @@ class ModelSkeleton(Skeleton):
             del self.list[index]
         adopt(self.model, config)
         renumber(self.model)
+        if widths:
+            from gossamer.hf import shaped
+
+            shaped(self.model, widths)
 
     @cached_property
     def _hidden(self) -> Hidden:
@@ -115,6 +120,27 @@ class ModelSkeleton(Skeleton):
         config = narrower(self.model, q.shape[1])
         self._hidden.project(self.model, q)
         adopt(self.model, config)
+
+    def linears(self) -> list[Linear]:
+        name, (prefix, blocks) = type(self.model).__name__, blocks_of(self.model)
+        found: list[Linear] = []
+        for target in targets(self.model):
+            if target.stacked:
+                raise GossamerError(f"{target.name} is a stack of experts, which has no place for the factors of each")
+            assert target.block is not None  # as all are by default
+            at = target.name.removeprefix(f"{prefix}.{target.block}.").removesuffix(".weight")
+            found.append(Linear(at, target.block, target.matrices()[0]))
+        if any(isinstance(module, LowRank) for module in blocks.modules()):
+            raise GossamerError(f"{name} holds products of two matrices already")
+        by_block = [{linear.name for linear in found if linear.block == index} for index in range(len(blocks))]
+        if any(names != by_block[0] for names in by_block):
+            raise GossamerError(f"{name}: its blocks have other linears each, so their ranks cannot be listed")
+        return found
+
+    def factor(self, linear: Linear, outer: Tensor, inner: Tensor) -> None:
+        block = self.list[linear.block]
+        block.set_submodule(linear.name, LowRank.of(block.get_submodule(linear.name), outer, inner))
+        self.rows[linear.block][linear.name] = [linear.rank, outer.shape[1]]
 
     def note(self, block: int, **values: Any) -> None:
         self.rows[block].update(values)

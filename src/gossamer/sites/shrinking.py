@@ -1,4 +1,4 @@
-"""The structure site: remove whole channels, heads or blocks of a transformers model, in place."""
+"""The structure site: remove whole channels, heads, blocks or ranks of a transformers model, in place."""
 
 import shlex
 import time
@@ -187,7 +187,7 @@ def opens(plain: bool, folder: str | Path = "DIR") -> str:
         return f"plain transformers opens it: from_pretrained({str(folder)!r})"
     return (
         f"gossamer.load({str(folder)!r}) opens it, or from_pretrained after `import gossamer.hf`: "
-        "its blocks differ in width, which transformers has no word for"
+        "its blocks differ in width or rank, which transformers has no word for"
     )
 
 

@@ -97,6 +97,7 @@ def test_rounds_by_hand(tiny_llama: Callable[..., Any]) -> None:
         before = gone(s)
     assert [row["fraction"] for row in report.blocks] == pytest.approx(s, abs=1e-3)
     assert len(set(s)) == 3
+    assert [row["channels"] for row in report.blocks] == [[96, 96 - channels] for _, channels in before]  # of the first round
     for ours, theirs in zip(model.model.layers, whole.model.layers, strict=True):
         for (name, a), (_, b) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
             assert torch.equal(a, b), name

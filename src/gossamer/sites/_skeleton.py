@@ -84,7 +84,8 @@ class ModelSkeleton(Skeleton):
 
     def keep(self, group: Group, members: Tensor) -> None:
         row = self.rows[group.block]
-        row[group.kind] = [group.count, len(members)]
+        first = row.get(group.kind, [group.count])[0]  # a method in rounds comes here several times
+        row[group.kind] = [first, len(members)]
         if len(members) < group.count:
             couplings(self.model, self.list, group.kind)[group.block].keep(members)
 

@@ -14,6 +14,7 @@ from gossamer.core.errors import GossamerError
 from gossamer.recovering import _loop
 from gossamer.recovering._loop import Plan
 from gossamer.recovering._state import State
+from gossamer.sites.shrinking import shrink_checkpoint
 
 SMALL: dict[str, Any] = {"steps": 6, "batch": 2, "seqlen": 16, "rate": 1e-3}
 
@@ -225,6 +226,35 @@ def test_a_mistake_changes_nothing(pruned: Path, text: Path, tmp_path: Path, how
         gossamer.recover(pruned, tmp_path / "out", **SMALL | {"data": text} | how)
     assert "\n" not in str(raised.value)
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_all_of_a_shrunk_model_is_trained_again_and_again(tiny_dir: Path, text: Path, tmp_path: Path) -> None:
+    a, b, c = (tmp_path / name for name in "abc")
+    shrink_checkpoint(tiny_dir, a, "AdaptPruner(step=0.1)", sparsity=0.2, data=text, seqlen=16, name=str(tiny_dir))
+    report = gossamer.recover(a, b, data=text, evaluate=text, eval_seqlen=16, **SMALL | {"steps": 20})
+    assert report.training is not None
+    assert report.evaluation is not None
+    assert report.evaluation["perplexity"] < report.training["before"]
+    assert report.recipe["teacher"] == str(tiny_dir)
+    before, after = tensors(a), tensors(b)
+    assert {name: t.shape for name, t in before.items()} == {name: t.shape for name, t in after.items()}
+    assert not any(torch.equal(before[name], t) for name, t in after.items())
+    gossamer.recover(b, c, data=text, **SMALL)  # its report says that it comes from a shrunk one
+    with pytest.raises(GossamerError, match="MaskLoRA is to keep zeros"):
+        gossamer.recover(a, tmp_path / "out", "MaskLoRA", data=text, **SMALL)
+
+
+def test_a_killed_run_on_a_shrunk_model_ends_with_the_same_bits(
+    tiny_dir: Path, text: Path, tmp_path: Path, kill: Callable[..., None]
+) -> None:
+    shrink_checkpoint(tiny_dir, tmp_path / "a", "Depth", sparsity=0.5, data=text, seqlen=16, name=str(tiny_dir))
+    with pytest.raises(GossamerError, match="student and teacher differ in num_hidden_layers"):
+        gossamer.recover(tmp_path / "a", tmp_path / "whole", data=text, **SMALL)
+    gossamer.recover(tmp_path / "a", tmp_path / "whole", data=text, loss="task", **SMALL)
+    kill(3, tmp_path / "a", tmp_path / "out", data=text, loss="task", **SMALL)
+    gossamer.recover(tmp_path / "a", tmp_path / "out", data=text, loss="task", **SMALL)
+    whole, again = tensors(tmp_path / "whole"), tensors(tmp_path / "out")
+    assert all(torch.equal(whole[name], tensor) for name, tensor in again.items())
 
 
 def test_a_dense_model_a_packed_one_and_one_of_unknown_origin_are_refused(

@@ -242,7 +242,7 @@ BAD = {
     "no integer": ({"channels": [40, 1.5]}, "no list of positive integers"),
     "no list": ({"channels": 40}, "no list of positive integers"),
     "true": ({"channels": [True, 40]}, "no list of positive integers"),
-    "unknown": ({"neurons": [40, 40]}, "unknown key 'neurons'; known: channels, heads"),
+    "unknown": ({"neurons": [40, 40]}, "unknown key 'neurons'; known: channels, heads, ranks.NAME"),
     "empty": ({}, "is no object of channels and heads"),
     "others": ({"channels": [40, 41]}, "does not fit its config"),
     "heads": ({"heads": [1, 1]}, "does not fit its config"),

@@ -14,5 +14,5 @@ def test_it_reads_back_what_it_writes_and_says_what_it_removes(cls: Any) -> None
     assert parse(repr(method), STRUCTURES, "structure") == method
     assert hash(method) == hash(cls())
     assert method.removes
-    assert method.removes <= {"blocks", "channels", "heads", "hidden"}
-    assert method.needs <= {"states", "norm", "mean", "gram"}
+    assert method.removes <= {"blocks", "channels", "heads", "hidden", "ranks"}
+    assert method.needs <= {"states", "norm", "mean", "gram", "grad", "divergence"}

@@ -39,7 +39,31 @@ class Group:
         return self.out.shape[1] // self.count
 
 
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """A matrix in a block that a product of two may take the place of.
+
+    Attributes:
+        name: what it is called in its block.
+        block: the index of the block.
+        weight: (out, in), a view.
+    """
+
+    name: str
+    block: int
+    weight: Tensor
+
+    @property
+    def rank(self) -> int:
+        """The rank that it can have at most."""
+        return min(self.weight.shape)
+
+
 Solve = Callable[[Group, Stats], None]
+
+# The mean of KL(then‖now) a token, on so many tokens of the calibration windows: (draw, tokens), windows in an order that the
+# number draw says.
+Divergence = Callable[[int, int], float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,6 +149,18 @@ class Skeleton(ABC):
         """
 
     @abstractmethod
+    def gradients(self, *kinds: str) -> Iterator[tuple[Group, Group]]:
+        """Yield each group of these kinds with one that holds ∂L/∂w, float32, in the place of each of its weights.
+
+        L is the mean next-token loss on the calibration windows, of the model as it is when this is called; the gradients of a
+        group live only until the next one's. For methods that need "grad".
+        """
+
+    @abstractmethod
+    def divergence(self) -> Divergence:
+        """Return what measures how far the model has moved from what it says now; for methods that need "divergence"."""
+
+    @abstractmethod
     def keep(self, group: Group, members: Tensor) -> None:
         """Leave only the members with these indices (ascending, at least one)."""
 
@@ -154,6 +190,18 @@ class Skeleton(ABC):
         """Take the hidden states to the basis Q, (width, at most as many orthonormal columns)."""
 
     @abstractmethod
+    def linears(self) -> list[Linear]:
+        """Return the matrices in the blocks; each block has the same ones.
+
+        Raises:
+            GossamerError: they differ by block, are stacked experts, or products already.
+        """
+
+    @abstractmethod
+    def factor(self, linear: Linear, outer: Tensor, inner: Tensor) -> None:
+        """Put the product of (out, r) and (r, in) in the place of a matrix; its bias stays."""
+
+    @abstractmethod
     def note(self, block: int, **values: Any) -> None:
         """Say something of a block in the report."""
 
@@ -162,8 +210,10 @@ class Structure(ABC):
     """A method that removes structure. Subclasses are `spec` classes: the object is its own configuration.
 
     Attributes:
-        removes: the kinds of structure that it removes: "blocks", "channels", "heads", "hidden" (directions of hidden states).
-        needs: what calibration has to bring: "states" (hidden states), "norm", "mean", "gram".
+        removes: the kinds of structure that it removes: "blocks", "channels", "heads", "hidden" (directions of hidden states),
+            "ranks" (of matrices, which become products).
+        needs: what calibration has to bring: "states" (hidden states), "norm", "mean", "gram", "grad" (gradients of the loss),
+            "divergence" (of what the model says).
         even: whether all blocks end with the same widths, which an ordinary config.json can say.
         timed: whether the budget may be one of seconds, so that a speed-up can be asked for.
     """

@@ -38,6 +38,7 @@ class How:
         pattern, sparsity: what the zeros are to follow, for a tuner that chooses the mask.
         targets: which weights, as in `prune`.
         teacher: the dense model, where there is one.
+        whole: the model is a dense one that was shrunk: it has no zeros to hold.
     """
 
     steps: int
@@ -45,6 +46,7 @@ class How:
     sparsity: float | None = None
     targets: str | None = None
     teacher: nn.Module | None = None
+    whole: bool = False
 
 
 class Tuning(ABC):

@@ -27,6 +27,7 @@ from gossamer.sites._walk import targets as find_targets
 from gossamer.sites.checkpoint import check_out, digest, identity, save
 from gossamer.sites.distilling import distill
 from gossamer.sites.reconstructing import Reconstruct
+from gossamer.tuners import Full
 from gossamer.tuning import TUNERS, checked
 
 EVERY = 120.0  # seconds between two states on disk
@@ -65,7 +66,8 @@ def recover(
     that was killed and is started again goes on to the same bits; ``out`` appears whole or not at all.
 
     Args:
-        source: a directory of a pruned model, as `gossamer prune` writes it; a dense one, for methods that choose the mask.
+        source: a directory of a pruned model, as `gossamer prune` writes it; of one that `gossamer shrink` made, all of whose
+            weights are trained; a dense one, for methods that choose the mask.
         method: how: a tuner's spec, such as "Full" or "MaskLoRA(rank=16)", or "Reconstruct", which refits block by block on the
             windows of all steps.
         pattern, sparsity: for methods that choose the mask.
@@ -98,6 +100,7 @@ def recover(
     plan = Plan(steps, batch, micro or batch, tuner.rate if rate is None else rate, max_norm, seed)
     check_directory(source)
     target, before = check_out(out, source, force), _report_of(source)
+    trainable = before["shrunk"] and isinstance(tuner, Full)  # without any zeros; other methods are about these
     structure, tokens = skeleton(source), tokenizer(source)
     chosen = find_targets(structure, targets)
     text = windows(texts(data, split="calibration"), tokens, seqlen)
@@ -107,7 +110,9 @@ def recover(
             check_ids(structure, ids)
     taught = wanted is not task or teacher is not None
     if taught and not (teacher or before["teacher"] or chooses):
-        masks_of(find_targets(causal_lm(source), targets), show(tuner))  # a dense model needs no teacher, but is told so first
+        masks_of(
+            find_targets(causal_lm(source), targets), show(tuner), trainable
+        )  # a dense model needs no teacher, but is told so first
     dense_path = _teacher(teacher or before["teacher"], given=teacher is not None, source=source) if taught else None
     recipe = {
         "method": show(tuner),
@@ -116,6 +121,7 @@ def recover(
         "sparsity": fraction if shape else before["sparsity"],
         "source": str(source),
         "pruned_by": before["method"],
+        "shrunk": before["shrunk"],
         "teacher": str(teacher or before["teacher"]) if taught else None,
         "loss": None if blocks else show(wanted),
         "data": str(data),
@@ -134,10 +140,13 @@ def recover(
         if held_out is not None and dense is not None:
             found["dense"] = perplexity(dense, held_out)["perplexity"]
         chosen = find_targets(model, targets)
-        masks = {} if chooses else masks_of(chosen, show(tuner), getattr(tuner, "group", None))
+        masks = {} if chooses else masks_of(chosen, show(tuner), trainable, getattr(tuner, "group", None))
+        whole = not chooses and not masks
         watched = [getattr(t.module, t.attribute) for t in chosen if t.name in masks]
         loaded = time.perf_counter()
-        job = Job(tuner, How(steps, shape, fraction, targets, dense), plan, wanted, model, text, watched, every, progress)
+        job = Job(
+            tuner, How(steps, shape, fraction, targets, dense, whole), plan, wanted, model, text, watched, every, progress
+        )
         try:
             outcome = (by_blocks if isinstance(tuner, Reconstruct) else by_steps)(job, state)
         except Broken as error:
@@ -188,16 +197,16 @@ def read(
 
 
 def _report_of(source: Path) -> dict[str, Any]:
-    """Return what the report of a directory says of how it was pruned; Nones where there is none."""
-    names = ("method", "pattern", "sparsity", "model", "teacher")
+    """Return what the report of a directory says of how it was pruned, or shrunk; Nones where there is none."""
+    names = ("method", "pattern", "sparsity", "model", "teacher", "shrunk")
     if not (source / "report.json").is_file():
-        return dict.fromkeys(names)
+        return {**dict.fromkeys(names), "shrunk": False}
     report = Report.load(source / "report.json")
     recipe, model = report.recipe, report.model.get("name")
     method = " → ".join(filter(None, [recipe.get("pruned_by"), recipe.get("method")])) or None  # trained before
-    return dict(
-        zip(names, (method, recipe.get("pattern"), recipe.get("sparsity"), model, recipe.get("teacher") or model), strict=True)
-    )
+    shrunk = report.kind == "shrink" or bool(recipe.get("shrunk"))
+    taught = recipe.get("teacher") or model
+    return dict(zip(names, (method, recipe.get("pattern"), recipe.get("sparsity"), model, taught, shrunk), strict=True))
 
 
 def _teacher(name: str | Path | None, *, given: bool, source: Path) -> Path:

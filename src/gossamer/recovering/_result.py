@@ -17,14 +17,18 @@ from gossamer.sites.checkpoint import save
 from gossamer.sites.packing import LEAST
 
 
-def masks_of(chosen: Sequence[Target], method: str, group: int | None = None) -> dict[str, Tensor]:
+def masks_of(chosen: Sequence[Target], method: str, shrunk: bool, group: int | None = None) -> dict[str, Tensor]:
     """Return the masks of the weights that are pruned: those with zeros (or groups of them), and not only zeros.
 
+    Of a dense model that was shrunk there are none.
+
     Raises:
-        GossamerError: the model is as good as dense: some zeros are in any weight that was rounded.
+        GossamerError: the model is as good as dense (some zeros are in any weight that was rounded), and was not shrunk.
     """
     kept = {target.name: target.kept(group) for target in chosen}
     zeros = 1 - sum(int(mask.sum()) for mask in kept.values()) / sum(mask.numel() for mask in kept.values())
+    if zeros < LEAST and shrunk:  # what was removed cannot come back: all that is left is trained
+        return {}
     if zeros < LEAST:
         raise GossamerError(
             f"only {zeros:.2%} of the weights are zero, and {method} is to keep zeros: prune the model first (gossamer prune), "

@@ -102,11 +102,11 @@ class Coupling:
         """Query heads in one member."""
         return self.parts[-1].lots[0] // self.head_dim if self.head_dim else 0
 
-    def group(self) -> Group:
-        """Return the group as methods see it."""
+    def group(self, values: Sequence[Tensor] | None = None) -> Group:
+        """Return the group as methods see it; with tensors in the place of its parts' weights, as these are stored."""
         into, size = [], 0
-        for part in self.parts:
-            matrix = part.module.weight.data.T if is_transposed(part.module) else part.module.weight.data
+        for part, weight in zip(self.parts, values or [part.module.weight.data for part in self.parts], strict=True):
+            matrix = weight.T if is_transposed(part.module) else weight
             size += sum(part.lots) * matrix.shape[1 if part.rows else 0]
             if part.rows:
                 size += sum(part.lots) if part.module.bias is not None else 0
@@ -200,7 +200,7 @@ def _heads(model: nn.Module, block: nn.Module, index: int) -> Iterator[Coupling]
 def _found(block: nn.Module, table: Any) -> Iterator[tuple[nn.Module, Mapping[str, Any], Any]]:
     """Yield the modules of a block that have children of an entry's names: each with those, for its first entry that fits."""
     for owner in block.modules():
-        children = {name: child for name, child in owner.named_children() if _is_linear(child)}
+        children = {name: child for name, child in owner.named_children() if is_linear(child)}
         for into, outs in table:
             out = next((children[name] for name in outs if name in children), None)
             if out is not None and all(name in children for name in into):
@@ -214,7 +214,7 @@ def _others(owner: nn.Module, linears: Sequence[nn.Module]) -> list[Tensor]:
     return [p for p in owner.parameters() if id(p) not in inside]
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, nn.Linear | Conv1D)

@@ -10,11 +10,14 @@ from torch import Tensor, nn
 
 from gossamer.core.errors import GossamerError
 from gossamer.core.stats import INPUTS, Stats
-from gossamer.core.structure import Group, Parameters, Skeleton, Solve, Step, Structure
+from gossamer.core.structure import Divergence, Group, Linear, Parameters, Skeleton, Solve, Step, Structure
 from gossamer.sites._calibrate import Batch, Calibration, Call
 from gossamer.sites._coupling import Coupling, couplings, is_transposed
+from gossamer.sites._divergence import Moved
+from gossamer.sites._gradients import gradients
 from gossamer.sites._hidden import Hidden
-from gossamer.sites._walk import Target, blocks_of
+from gossamer.sites._low_rank import LowRank
+from gossamer.sites._walk import Target, blocks_of, targets
 from gossamer.sites._widths import adopt, built, difference, narrower, renumber, widths_of
 from gossamer.sites.weights import bar
 
@@ -70,9 +73,25 @@ class ModelSkeleton(Skeleton):
                 inputs = outputs
                 shown.update()
 
+    def gradients(self, *kinds: str) -> Iterator[tuple[Group, Group]]:
+        found = [coupling for kind in kinds for coupling in couplings(self.model, self.list, kind)]
+        named = [[f"{c.kind} {c.block} {place}" for place in range(len(c.parts))] for c in found]
+        targets = [
+            Target(name, part.module, "weight", c.block)
+            for c, names in zip(found, named, strict=True)
+            for name, part in zip(names, c.parts, strict=True)
+        ]
+        known = gradients(self.model, self.batches, targets)
+        for coupling, names in zip(found, named, strict=True):
+            yield coupling.group(), coupling.group([known.pop(name) for name in names])
+
+    def divergence(self) -> Divergence:
+        return Moved(self.model, self.batches)
+
     def keep(self, group: Group, members: Tensor) -> None:
         row = self.rows[group.block]
-        row[group.kind] = [group.count, len(members)]
+        first = row.get(group.kind, [group.count])[0]  # a method in rounds comes here several times
+        row[group.kind] = [first, len(members)]
         if len(members) < group.count:
             couplings(self.model, self.list, group.kind)[group.block].keep(members)
 
@@ -88,6 +107,10 @@ class ModelSkeleton(Skeleton):
             del self.list[index]
         adopt(self.model, config)
         renumber(self.model)
+        if widths:
+            from gossamer.hf import shaped
+
+            shaped(self.model, widths)
 
     @cached_property
     def _hidden(self) -> Hidden:
@@ -104,6 +127,27 @@ class ModelSkeleton(Skeleton):
         config = narrower(self.model, q.shape[1])
         self._hidden.project(self.model, q)
         adopt(self.model, config)
+
+    def linears(self) -> list[Linear]:
+        name, (prefix, blocks) = type(self.model).__name__, blocks_of(self.model)
+        found: list[Linear] = []
+        for target in targets(self.model):
+            if target.stacked:
+                raise GossamerError(f"{target.name} is a stack of experts, which has no place for the factors of each")
+            assert target.block is not None  # as all are by default
+            at = target.name.removeprefix(f"{prefix}.{target.block}.").removesuffix(".weight")
+            found.append(Linear(at, target.block, target.matrices()[0]))
+        if any(isinstance(module, LowRank) for module in blocks.modules()):
+            raise GossamerError(f"{name} holds products of two matrices already")
+        by_block = [{linear.name for linear in found if linear.block == index} for index in range(len(blocks))]
+        if any(names != by_block[0] for names in by_block):
+            raise GossamerError(f"{name}: its blocks have other linears each, so their ranks cannot be listed")
+        return found
+
+    def factor(self, linear: Linear, outer: Tensor, inner: Tensor) -> None:
+        block = self.list[linear.block]
+        block.set_submodule(linear.name, LowRank.of(block.get_submodule(linear.name), outer, inner))
+        self.rows[linear.block][linear.name] = [linear.rank, outer.shape[1]]
 
     def note(self, block: int, **values: Any) -> None:
         self.rows[block].update(values)

@@ -5,8 +5,9 @@ differ, or the configuration has no word for them, its entry ``quantization_conf
 
     {"quant_method": "gossamer", ..., "widths": {"channels": [1024, 1536, ...], "heads": [3, 2, ...]}}
 
-and the modules are cut to that before weights are loaded. Which of the two it is decides itself: the model is built anew from
-its configuration, without weights, and compared.
+and the modules are cut to that before weights are loaded. ``"ranks.mlp.up_proj": [12, 32, ...]`` lists the rank of a linear in
+each block in the same way: where it is less than the shape allows, the product of two stands there (see `_low_rank`). Whether a
+list is needed decides itself: the model is built anew from its configuration, without weights, and compared.
 """
 
 import copy
@@ -18,10 +19,12 @@ from torch import nn
 
 from gossamer.core.errors import GossamerError
 from gossamer.models import quiet
-from gossamer.sites._coupling import couplings
+from gossamer.sites._coupling import couplings, is_linear, shape_of
+from gossamer.sites._low_rank import LowRank
 from gossamer.sites._walk import blocks_of, text_config
 
 KINDS = ("channels", "heads")
+RANKS = "ranks."  # and a linear's name in its block
 NUMBERS = ("layer_idx", "layer_id", "layer_number")  # what modules call the index of their block
 
 Widths = Mapping[str, list[int]]
@@ -46,8 +49,8 @@ def check_widths(value: Any) -> dict[str, list[int]]:
     if not isinstance(value, dict) or not value:
         raise GossamerError(f"{told} is no object of {' and '.join(KINDS)}")
     for kind, sizes in value.items():
-        if kind not in KINDS:
-            raise GossamerError(f"{told} has the unknown key {str(kind)[:40]!r}; known: {', '.join(KINDS)}")
+        if kind not in KINDS and not kind.startswith(RANKS):
+            raise GossamerError(f"{told} has the unknown key {kind[:40]!r}; known: {', '.join(KINDS)}, {RANKS}NAME")
         if not isinstance(sizes, list) or any(type(n) is not int or n < 1 for n in sizes):
             raise GossamerError(f"{told}: {kind} is no list of positive integers, one a block")
     return value
@@ -60,9 +63,12 @@ def cut(model: nn.Module, widths: Widths) -> None:
         GossamerError: they do not fit it.
     """
     _, blocks = blocks_of(model)
-    for kind, sizes in widths.items():
+    for kind, sizes in sorted(widths.items(), key=lambda entry: entry[0].startswith(RANKS)):  # which depend on the others
         if len(sizes) != len(blocks):
             raise GossamerError(f"config.json lists {len(sizes)} widths of {kind}, and the model has {len(blocks)} blocks")
+        if kind.startswith(RANKS):
+            _cut_ranks(blocks, kind.removeprefix(RANKS), sizes)
+            continue
         for coupling, n in zip(couplings(model, blocks, kind), sizes, strict=True):
             if n > coupling.count:
                 told = f"{n} {kind} for block {coupling.block}, and its sizes make {coupling.count}"
@@ -71,15 +77,40 @@ def cut(model: nn.Module, widths: Widths) -> None:
                 coupling.keep(torch.arange(n))
 
 
+def _cut_ranks(blocks: nn.ModuleList, name: str, ranks: Sequence[int]) -> None:
+    for index, (block, rank) in enumerate(zip(blocks, ranks, strict=True)):
+        linear = dict(block.named_modules()).get(name)
+        if linear is None or not is_linear(linear):
+            raise GossamerError(f"config.json lists ranks of {name}, which is no linear of block {index}")
+        if rank > min(shape_of(linear)):
+            raise GossamerError(
+                f"config.json lists {rank} ranks of {name} for block {index}, and its shape is {shape_of(linear)}"
+            )
+        if rank < min(shape_of(linear)):
+            block.set_submodule(name, LowRank.blank(linear, rank))
+
+
+def _ranks(blocks: nn.ModuleList) -> dict[str, list[int]]:
+    """Return the ranks of every linear that two stand for in some block."""
+    names = [name for block in blocks for name, module in block.named_modules() if isinstance(module, LowRank)]
+    inside: list[dict[str, Any]] = [dict(block.named_modules()) for block in blocks]
+    return {
+        RANKS + name: [m.rank if isinstance(m := own[name], LowRank) else min(shape_of(m)) for own in inside]
+        for name in dict.fromkeys(names)
+    }
+
+
 def settle(model: Any) -> bool:
     """Make a model's configuration say what its blocks are now; return whether plain transformers can build it from that."""
     _, blocks = blocks_of(model)
-    config, widths = copy.deepcopy(model.config), {}
+    config, listed = copy.deepcopy(model.config), widths_of(model)
+    widths: dict[str, list[int]] = {}
     _plain(config)
     for kind in KINDS:
         try:
             found = couplings(model, blocks, kind)
-        except GossamerError:  # no method can have touched what is not there
+        except GossamerError:  # no method can have touched what is not there, or now is a product
+            widths |= {kind: listed[kind]} if kind in listed else {}
             continue
         sizes = [coupling.sizes(text_config(model)) for coupling in found]
         tried = copy.deepcopy(config)
@@ -90,6 +121,7 @@ def settle(model: Any) -> bool:
             config = tried
         elif _made(type(model), config, kind) != made:
             widths[kind] = [c.count for c in found]
+    widths |= _ranks(blocks)
     fresh = built(type(model), config, widths)
     shapes = [{name: tuple(tensor.shape) for name, tensor in m.state_dict().items()} for m in (fresh, model)]
     told = difference(fresh, model) or next((name for name in shapes[1] if shapes[0].get(name) != shapes[1][name]), None)

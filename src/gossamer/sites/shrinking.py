@@ -1,4 +1,4 @@
-"""The structure site: remove whole channels, heads or blocks of a transformers model, in place."""
+"""The structure site: remove whole channels, heads, blocks or ranks of a transformers model, in place."""
 
 import shlex
 import time
@@ -95,6 +95,8 @@ def shrink(
         folder, place = getattr(model, "name_or_path", ""), next(model.parameters()).device
         batches = batches_of(data, tokenizer, seqlen, samples, sample, seed, split, folder=folder, device=place)
         check_batches(model, batches)
+        if how.needs & {"grad", "divergence"} and not all("input_ids" in batch for batch in batches):
+            raise GossamerError(f"{how} looks at what the model says of the next token, so each mapping needs input_ids")
     training = model.training
     model.eval()  # dropout would blur the statistics
     before = count(model)
@@ -217,7 +219,7 @@ def opens(plain: bool, folder: str | Path = "DIR") -> str:
         return f"plain transformers opens it: from_pretrained({str(folder)!r})"
     return (
         f"gossamer.load({str(folder)!r}) opens it, or from_pretrained after `import gossamer.hf`: "
-        "its blocks differ in width, which transformers has no word for"
+        "its blocks differ in width or rank, which transformers has no word for"
     )
 
 

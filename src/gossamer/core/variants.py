@@ -1,0 +1,45 @@
+"""Variants: several of each of many matrices, on disk while one of each is in use."""
+
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+class Variants:
+    """Float32 tensors by name and number, each in a file of a temporary directory, which goes with the context.
+
+    >>> with Variants() as variants:
+    ...     variants.put("a", 3, torch.tensor([[1.0, 2.0]]))
+    ...     variants.get("a", 3)
+    tensor([[1., 2.]])
+    """
+
+    def __init__(self) -> None:
+        self._shapes: dict[Path, torch.Size] = {}
+
+    def __enter__(self) -> Self:
+        self._folder = tempfile.TemporaryDirectory(prefix="gossamer-")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
+        self._folder.cleanup()
+
+    def put(self, name: str, number: int, tensor: Tensor) -> None:
+        """Keep a tensor; what stood under its name and number is gone."""
+        path = self._path(name, number)
+        path.unlink(missing_ok=True)
+        torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=torch.float32).copy_(tensor.reshape(-1))
+        self._shapes[path] = tensor.shape
+
+    def get(self, name: str, number: int) -> Tensor:
+        """Return a tensor, mapped from its file: it is read where it is used."""
+        path = self._path(name, number)
+        shape = self._shapes[path]
+        return torch.from_file(str(path), shared=False, size=shape.numel(), dtype=torch.float32).view(shape)
+
+    def _path(self, name: str, number: int) -> Path:
+        return Path(self._folder.name) / f"{name}-{number}"

@@ -1,0 +1,218 @@
+"""Týr-the-Pruner: every layer pruned to several levels, and an evolution that trades levels between layers."""
+
+import random
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gossamer.core.errors import GossamerError
+from gossamer.core.spec import spec
+from gossamer.core.stats import Stats
+from gossamer.core.structure import Divergence, Group, Skeleton, Structure, counts
+from gossamer.core.surgeon import Removal, refit, remove
+from gossamer.core.variants import Variants
+
+DENSE = 0  # the number under which a whole weight is kept: no variant has none left
+
+
+@spec
+class Tyr(Structure):
+    """Search n_l of Ŵ_l = (W H)_:,K (H_KK)⁻¹, |K| = n_l, by KL(dense‖pruned) at one total (Li et al., 2025, arXiv:2503.09657).
+
+    W is what reads the structures of a layer, its attention or its MLP; K what the structured brain surgeon leaves of their
+    columns (as in `ZipLM`), H the damped Gram matrix of its inputs. Each round prunes every layer to 2·``levels`` + 1 numbers
+    around the one it has, evenly apart; a layer sees what comes out of those before it, pruned to theirs. Then evolution: a
+    child is its parent with one to four swaps, each a level more for a layer and one less for another of the same kind and
+    size, so that the total stays; children are thinned out by KL on more and more tokens, the parent is there at the last,
+    and what is left is the next parent. The next round's numbers stand half as far apart around it.
+
+    Args:
+        rounds: of pruning and search; 4 in the paper.
+        levels: how many on either side; 4 in the paper.
+        interval: how far the first round's numbers are apart, a fraction of a layer's members; 1/8 in the paper.
+        generations, offspring: in each round; 50 and 128 in the paper.
+        survivors, tokens: how many are left of the offspring after each stage, and on how many tokens of the calibration
+            windows they are measured in it; (16, 4, 1) and (2048, 16384, 131072) in the paper.
+        damp: what is added to H's diagonal, as a fraction of its mean.
+        multiple: channels are counted in multiples of this.
+        seed: of the search.
+
+    Variants are on disk meanwhile, in a temporary directory: as much as W of all layers times their number, in float32. In
+    memory there is the model, one block's statistics, and the hidden states that the dense model ended in.
+
+    The paper lets the next layer see the mean of all variants; here, as in its code, the one in the middle. Its code scores
+    structures with Σ W_S ⊙ (H W)_S besides, and removes many at once; here it is one at a time, by what its loss costs. A
+    head is a key-value head with the query heads that share it.
+
+    >>> Tyr(rounds=2, offspring=8)
+    Tyr(rounds=2, offspring=8)
+    """
+
+    rounds: int = 3
+    levels: int = 4
+    interval: float = 0.125
+    generations: int = 10
+    offspring: int = 16
+    survivors: tuple[int, ...] = (4, 1)
+    tokens: tuple[int, ...] = (512, 4096)
+    damp: float = 0.01
+    multiple: int = 8
+    seed: int = 0
+    removes: ClassVar[frozenset[str]] = frozenset({"channels", "heads"})
+    needs: ClassVar[frozenset[str]] = frozenset({"gram", "divergence"})
+
+    def __post_init__(self) -> None:
+        numbers = (self.rounds, self.levels, self.generations, self.offspring, self.multiple, *self.survivors, *self.tokens)
+        stages = len(self.survivors) == len(self.tokens) > 0 and self.survivors[-1] == 1
+        if min(numbers) < 1 or not stages or not self.damp > 0 or not 0 < self.interval < 1:
+            raise GossamerError(
+                f"{self!r}: counts are 1 or more, damp > 0, interval in (0, 1), survivors as many as tokens, the last of them 1"
+            )
+
+    @torch.no_grad()
+    def __call__(self, model: Skeleton, sparsity: float) -> None:
+        kept = self._even(model, sparsity)
+        measure, chance = model.divergence(), random.Random(self.seed)
+        with Variants() as variants:
+            for at in range(self.rounds):
+                groups = _groups(model)
+                choices = [self._choices(group, n, at) for group, n in zip(groups, kept, strict=True)]
+                found = self._supernet(model, kept, choices, variants, first=at == 0)
+                net = _Net(_groups(model), variants, found, kept)
+                kept, apart = self._search(net, kept, choices, measure, chance)
+            net.take(kept)
+            model.note(0, divergence=apart)
+            for group, n in zip(net.groups, kept, strict=True):
+                model.keep(group, found[_key(group)].kept(group.count - n, group.count))
+
+    def _even(self, model: Skeleton, sparsity: float) -> list[int]:
+        """Return how many members each group keeps, all alike as nearly as the total allows.
+
+        Raises:
+            GossamerError: there is no such total.
+        """
+        heads, channels = model.groups("heads"), model.groups("channels")
+        whole = [sum(group.count * group.size for group in kind) for kind in (heads, channels)]
+        share = 1 - sparsity * model.parameters / sum(whole)
+        if share <= 0:
+            most = sum(whole) / model.parameters
+            raise GossamerError(
+                f"{self} can remove less than {most:.4f} of the parameters in the blocks; {sparsity} was asked for"
+            )
+        least = sum(group.size for group in heads)
+        left = counts(heads, [share] * len(heads), max(share * whole[0], least))
+        taken = sum(n * group.size for n, group in zip(left, heads, strict=True))
+        return left + counts(channels, [share] * len(channels), share * sum(whole) - taken, multiple=self.multiple)
+
+    def _choices(self, group: Group, kept: int, at: int) -> list[int]:
+        """Return the numbers that a group may keep in round ``at``: ascending, evenly apart, the present one among them."""
+        unit = self.multiple if group.kind == "channels" else 1
+        apart = max(round(self.interval / 2**at * group.count / unit), 1) * unit
+        around = (kept + level * apart for level in range(-self.levels, self.levels + 1))
+        return [n for n in around if min(unit, group.count) <= n <= group.count]
+
+    def _supernet(
+        self, model: Skeleton, kept: list[int], choices: list[list[int]], variants: Variants, *, first: bool
+    ) -> dict[str, Removal]:
+        """Prune every layer to each of its numbers; return the orders in which members go. Leaves the numbers in ``kept``."""
+        found: dict[str, Removal] = {}
+        wanted = {_key(g): pair for g, pair in zip(_groups(model), zip(kept, choices, strict=True), strict=True)}
+
+        def prune(group: Group, stats: Stats) -> None:
+            key = _key(group)
+            present, numbers = wanted[key]
+            if first:
+                variants.put(key, DENSE, group.out)
+            w = variants.get(key, DENSE).to(group.out.device)
+            upper, _, damp = stats.inverse_factor(self.damp)
+            found[key], _, _ = remove(w, upper.T @ upper, group.width, group.count - numbers[0])
+            h = stats.hessian(damp)
+            for n in numbers:
+                columns = _columns(group, found[key], n)
+                variants.put(key, n, refit(w, h, columns)[:, columns] if n < group.count else w)
+            _write(group, found[key], present, variants)
+
+        for _ in model.walk("heads", "channels", solve=prune):
+            pass
+        return found
+
+    def _search(
+        self, net: "_Net", kept: list[int], choices: list[list[int]], measure: Divergence, chance: random.Random
+    ) -> tuple[list[int], float]:
+        """Return the numbers that evolution ends with, and their KL on the last stage's tokens."""
+        parent, apart = kept, float("nan")
+        for _ in range(self.generations):
+            brood: list[list[int]] = []
+            for _ in range(8 * self.offspring):  # there may be fewer that differ than were asked for
+                child = self._mutated(net.groups, parent, choices, chance)
+                if child != parent and child not in brood:
+                    brood.append(child)
+                if len(brood) == self.offspring:
+                    break
+            for stage, (survivors, tokens) in enumerate(zip(self.survivors, self.tokens, strict=True), 1):
+                brood += [parent] if stage == len(self.tokens) else []
+                draw = chance.getrandbits(32)  # the same tokens for all of them
+                told = []
+                for child in brood:
+                    net.take(child)
+                    told.append(measure(draw, tokens))
+                best = sorted(range(len(brood)), key=told.__getitem__)[:survivors]
+                brood, apart = [brood[place] for place in best], told[best[0]] if best else apart
+            parent = brood[0]
+        return parent, apart
+
+    def _mutated(self, groups: list[Group], parent: list[int], choices: list[list[int]], chance: random.Random) -> list[int]:
+        """Return the parent with a few levels swapped between groups of one kind, size and interval."""
+        child = list(parent)
+        for _ in range(min(chance.randint(1, 4), chance.randint(1, 4))):
+            more = [i for i, n in enumerate(child) if n < choices[i][-1]]
+            if not more:
+                break
+            up = chance.choice(more)
+            gain = choices[up][choices[up].index(child[up]) + 1] - child[up]
+            alike = [
+                i
+                for i, n in enumerate(child)
+                if i != up
+                and groups[i].kind == groups[up].kind
+                and groups[i].size == groups[up].size
+                and n - gain in choices[i]
+            ]
+            if alike:
+                down = chance.choice(alike)
+                child[up], child[down] = child[up] + gain, child[down] - gain
+        return child
+
+
+class _Net:
+    """The model with one variant of each layer in it."""
+
+    def __init__(self, groups: list[Group], variants: Variants, found: dict[str, Removal], kept: list[int]) -> None:
+        self.groups, self.variants, self.found, self.now = groups, variants, found, list(kept)
+
+    def take(self, kept: list[int]) -> None:
+        """Put other variants in where they differ."""
+        for place, (group, n) in enumerate(zip(self.groups, kept, strict=True)):
+            if n != self.now[place]:
+                _write(group, self.found[_key(group)], n, self.variants)
+        self.now = list(kept)
+
+
+def _write(group: Group, removal: Removal, n: int, variants: Variants) -> None:
+    group.out.zero_()
+    group.out[:, _columns(group, removal, n)] = variants.get(_key(group), n).to(group.out)
+
+
+def _columns(group: Group, removal: Removal, n: int) -> Tensor:
+    """Return the columns of the n members that are left."""
+    members = removal.kept(group.count - n, group.count).to(group.out.device)
+    return (members[:, None] * group.width + torch.arange(group.width, device=members.device)).flatten()
+
+
+def _groups(model: Skeleton) -> list[Group]:
+    return [group for kind in ("heads", "channels") for group in model.groups(kind)]
+
+
+def _key(group: Group) -> str:
+    return f"{group.kind}-{group.block}"

@@ -169,6 +169,7 @@ def reconstruct(
 
     >>> import copy, gossamer
     >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> seeded = torch.manual_seed(0)
     >>> tiny = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=64)
     >>> dense, tokens = LlamaForCausalLM(tiny), torch.arange(64).reshape(4, 16)
     >>> model = copy.deepcopy(dense)

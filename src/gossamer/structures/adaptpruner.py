@@ -108,8 +108,8 @@ def _size(whole: list[Group], gone: list[int]) -> int:
 def scaled(importance: list[float]) -> list[float]:
     """Return the deviations from the mean, the largest of them 1 or −1.
 
-    >>> scaled([0.1, 0.2, 0.6])
-    [-0.6666666666666667, -0.33333333333333326, 1.0]
+    >>> scaled([0.0, 0.25, 1.25])
+    [-0.6666666666666666, -0.3333333333333333, 1.0]
     """
     mean = sum(importance) / len(importance)
     widest = max(abs(one - mean) for one in importance)

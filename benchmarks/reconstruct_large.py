@@ -23,10 +23,11 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])  # float32 where a CPU has no bfloat16
     parser.add_argument("--device")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    teacher = random_model(config_of(args.config), torch.bfloat16)
+    teacher = random_model(config_of(args.config), getattr(torch, args.dtype))
     model = copy.deepcopy(teacher)
     gossamer.prune(model, "Magnitude", "2:4", progress=False)
     windows = torch.randint(1000, (args.samples, args.seqlen), generator=torch.Generator().manual_seed(0))

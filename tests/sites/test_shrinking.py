@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, StaticCache
 import gossamer
 import gossamer.hf
 from gossamer.core.errors import GossamerError
+from gossamer.core.stats import Stats
 from gossamer.models import quiet
 from gossamer.sites._coupling import couplings
 from gossamer.sites._walk import blocks_of
@@ -334,14 +335,16 @@ def test_tied_weights_stay_tied(tmp_path: Path) -> None:
     assert torch.equal(logits(loaded), logits(model))
 
 
-@pytest.mark.parametrize("method", ["Depth", "CFSP", "ZipLM", "SliceGPT"])
+@pytest.mark.parametrize(
+    "method", ["Depth", "CFSP", "ZipLM", "SliceGPT", "AdaptPruner", "Tyr(rounds=1, generations=1)", "WeLore"]
+)
 def test_states_that_overflow_are_refused_unchanged(method: str) -> None:
     model = causal("llama")
     model.model.layers[1].mlp.down_proj.weight.data.fill_(3e38)
     model.model.layers[1].mlp.up_proj.weight.data *= 1e5
     model.model.layers[1].mlp.gate_proj.weight.data *= 1e5
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(GossamerError, match="hold NaN or infinities"):
+    with pytest.raises(GossamerError, match="overflow" if method == "WeLore" else "hold NaN or infinities"):
         gossamer.shrink(model, method, sparsity=0.5 if method == "Depth" else 0.25, data=ids())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
@@ -362,3 +365,47 @@ def test_a_configuration_inside_another_changes_where_the_modules_see_it(tmp_pat
     model.save_pretrained(tmp_path / "a")
     again = Gemma3ForConditionalGeneration.from_pretrained(tmp_path / "a").eval()
     assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("method", ["AdaptPruner", "Tyr(rounds=1, generations=1)", "WeLore"])
+def test_too_little_to_remove_is_an_error_and_changes_nothing(method: str) -> None:
+    model = causal("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(GossamerError, match="nothing that it could remove"):
+        gossamer.shrink(model, method, sparsity=1e-6, data=ids())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["AdaptPruner", "Tyr(rounds=1, generations=1)"])
+def test_what_looks_at_the_next_token_wants_a_head_and_a_next_token(method: str) -> None:
+    with pytest.raises(GossamerError, match="LlamaModel has no head"):
+        gossamer.shrink(causal("llama").model, method, sparsity=0.2, data=ids())
+    if method == "AdaptPruner":
+        with pytest.raises(GossamerError, match="the next-token loss on a window of 1 tokens is nan"):
+            gossamer.shrink(causal("llama"), method, sparsity=0.2, data=ids(4, 1))
+
+
+@pytest.mark.parametrize("method", ["ZipLM", "Tyr(rounds=1, generations=1)"])
+def test_matrices_are_those_of_one_block(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gc
+
+    factor, seen = Stats.inverse_factor, []
+
+    def watched(self: Stats, damp: float) -> Any:
+        found = factor(self, damp)
+        gc.collect()
+        seen.append(sum(type(thing) is Stats and thing.gram is not None for thing in gc.get_objects()))
+        return found
+
+    monkeypatch.setattr(Stats, "inverse_factor", watched)
+    gossamer.shrink(causal("llama", num_hidden_layers=4), method, sparsity=0.3, data=ids())
+    assert max(seen) <= 2  # heads and channels
+
+
+@pytest.mark.parametrize("method", ["AdaptPruner", "ZipLM", "Tyr(rounds=1, generations=2)"])
+def test_channels_stay_in_multiples_of_a_width_that_is_none(method: str) -> None:
+    model = causal("llama", intermediate_size=100, num_hidden_layers=3)
+    report = gossamer.shrink(model, method, sparsity=0.3, data=ids())
+    left = [block["channels"][1] for block in report.blocks or []]
+    assert all(n % 8 == 0 or n == 100 for n in left), left
+    assert min(left) < 100

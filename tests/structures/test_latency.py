@@ -67,7 +67,7 @@ def test_time_and_parameters_choose_differently(tiny_llama: Callable[..., Any], 
     free_heads = Latency(200.0, {"heads": [(1, 10.0), (2, 10.0)], "channels": [(1, 10.0), (64, 73.0)]})
     monkeypatch.setattr("gossamer.sites.shrinking.measure", lambda *a: free_heads)
     model = tiny_llama()
-    report = gossamer.shrink(model, "ZipLM(multiple=1)", speedup=2.0, data=ids(), progress=False)
+    report = gossamer.shrink(model, "ZipLM(multiple=1)", speedup=2.0, at=AT, data=ids(), progress=False)
     assert all(row.get("heads", [2, 2]) == [2, 2] for row in report.blocks)
     # 166 s of 200 are in the tables; 100 have to go, at a second a channel
     assert sum(64 - row["channels"][1] for row in report.blocks) == 100
@@ -90,6 +90,7 @@ def test_more_than_the_table_can_give_is_refused_with_what_it_can(tiny_llama: Ca
         ("ZipLM", {"speedup": 1.0}, "over 1; got 1.0"),
         ("ZipLM", {"speedup": float("inf")}, "over 1; got inf"),
         ("ZipLM", {"speedup": 1.5, "at": (0, 4)}, "batch, tokens"),
+        ("ZipLM", {"speedup": 1.5, "at": (1, 5000)}, "at=1x5000: windows of 5000 tokens are longer than the 128"),
     ],
 )
 def test_goals_that_make_no_sense(method: str, how: dict[str, Any], message: str, tiny_llama: Callable[..., Any]) -> None:
@@ -102,3 +103,10 @@ def test_blocks_that_differ_have_no_one_table(tiny_llama: Callable[..., Any], co
     gossamer.shrink(model, "CFSP(a=5000.0)", sparsity=0.3, data=ids(), progress=False)
     with pytest.raises(gossamer.GossamerError, match="differ in their channels"):
         gossamer.shrink(model, "ZipLM", speedup=1.1, at=AT, data=ids(), progress=False)
+
+
+def test_one_member_has_a_table_of_one_line(counted: None) -> None:
+    model = causal("llama", num_key_value_heads=1)
+    before = of_pass(model)
+    gossamer.shrink(model, "ZipLM(multiple=1)", speedup=1.2, at=AT, data=ids(), progress=False)
+    assert 1.2 <= before / of_pass(model) < 1.26

@@ -100,3 +100,31 @@ def test_what_it_cannot_do_is_said_before_it_starts(tiny_llama: Callable[..., An
         gossamer.shrink(causal("mixtral"), "ZipLM", sparsity=0.2, data=ids())
     with pytest.raises(gossamer.GossamerError, match="ZipLM wants damp > 0"):
         gossamer.shrink(model, "ZipLM(damp=0.0)", sparsity=0.2, data=ids())
+
+
+@pytest.mark.parametrize("method", ["ZipLM(multiple=1)", "Tyr(rounds=1, generations=1, multiple=1)"])
+def test_channels_that_never_fire_go_first(method: str) -> None:
+    model = causal("opt")
+    for block in model.model.decoder.layers:
+        block.fc1.bias.data[:32] = -100.0
+    with torch.no_grad():
+        before = model(ids()).logits
+        report = gossamer.shrink(model, method, sparsity=0.2, data=ids())
+        after = model(ids()).logits
+    if method.startswith("ZipLM"):
+        assert all(block["channels"][1] <= 36 and "heads" not in block for block in report.blocks or [])
+        assert float((after - before).norm() / before.norm()) < 1e-4
+    else:  # which gives each layer its share first
+        assert float((after - before).norm() / before.norm()) < 0.3
+
+
+def test_a_layer_that_puts_nothing_out_costs_nothing() -> None:
+    model = causal("llama")
+    model.model.layers[1].mlp.down_proj.weight.data.zero_()
+    with torch.no_grad():
+        before = model(ids()).logits
+        report = gossamer.shrink(model, "ZipLM", sparsity=0.2, data=ids())
+        after = model(ids()).logits
+    assert report.blocks is not None
+    assert report.blocks[1]["channels"][1] == 8
+    assert float((after - before).norm() / before.norm()) < 0.2

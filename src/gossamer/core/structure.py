@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -37,6 +37,10 @@ class Group:
     def width(self) -> int:
         """How many neighbouring columns of ``out`` are one member's."""
         return self.out.shape[1] // self.count
+
+    def bare(self) -> "Group":
+        """Return it without its weights, which else live as long as it does."""
+        return replace(self, out=self.out.new_empty(0, self.out.shape[1]), into=())
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from gossamer.core.errors import GossamerError
+
 
 class Variants:
     """Float32 tensors by name and number, each in a file of a temporary directory, which goes with the context.
@@ -29,11 +31,24 @@ class Variants:
         self._folder.cleanup()
 
     def put(self, name: str, number: int, tensor: Tensor) -> None:
-        """Keep a tensor; what stood under its name and number is gone."""
+        """Keep a tensor; what stood under its name and number is gone.
+
+        Raises:
+            GossamerError: there is no room for it.
+        """
         path = self._path(name, number)
         path.unlink(missing_ok=True)
-        torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=torch.float32).copy_(tensor.reshape(-1))
+        self._shapes.pop(path, None)
+        try:
+            file = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=torch.float32)
+        except RuntimeError as error:
+            raise GossamerError(f"no room for {tensor.numel() * 4:,} more bytes in {self._folder.name}: {error}") from error
+        file.copy_(tensor.reshape(-1))
         self._shapes[path] = tensor.shape
+
+    def has(self, name: str, number: int) -> bool:
+        """Whether a tensor is there."""
+        return self._path(name, number) in self._shapes
 
     def get(self, name: str, number: int) -> Tensor:
         """Return a tensor, mapped from its file: it is read where it is used."""

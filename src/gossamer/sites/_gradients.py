@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from gossamer.core.errors import GossamerError
 from gossamer.sites._calibrate import Batch, hooked
 from gossamer.sites._walk import Target
 
@@ -38,6 +39,8 @@ def gradients(
             stack.enter_context(hooked(handle))
         for window in windows:
             loss = model(input_ids=window, labels=window, use_cache=False).loss
+            if not bool(loss.isfinite()):
+                raise GossamerError(f"the next-token loss on a window of {window.shape[1]} tokens is {loss.item()}")
             (loss if each else loss / len(windows)).backward()
     found: Mapping[str, Tensor] = {name: torch.stack(parts) for name, parts in sums.items()} if each else sums
     lead = (len(windows),) if each else ()

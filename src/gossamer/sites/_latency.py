@@ -34,7 +34,10 @@ class Latency(Budget):
     blocks: Mapping[str, Sequence[tuple[int, float]]]
 
     def cost(self, group: Group, left: int) -> float:
-        for (n, low), (m, high) in pairwise(self.blocks[group.kind]):
+        table = self.blocks[group.kind]
+        if left == table[-1][0]:
+            return table[-1][1]
+        for (n, low), (m, high) in pairwise(table):
             if n <= left <= m:
                 return low + (high - low) * (left - n) / (m - n)
         raise GossamerError(f"block {group.block} has {left} {group.kind}, and the table ends before that")

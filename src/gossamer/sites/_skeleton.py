@@ -70,6 +70,7 @@ class ModelSkeleton(Skeleton):
                 if not all(bool(x.isfinite().all()) for x in outputs):
                     raise ArithmeticError(f"the hidden states that block {index} puts out hold NaN or infinities")
                 yield Step(index, inputs, outputs, stats)
+                stats.clear()  # whoever still holds the step holds no matrices of it
                 inputs = outputs
                 shown.update()
 

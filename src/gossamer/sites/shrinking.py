@@ -14,6 +14,7 @@ from gossamer.core.errors import GossamerError
 from gossamer.core.report import Report
 from gossamer.core.spec import names_in, parse
 from gossamer.core.structure import Structure
+from gossamer.evaluate import check_ids
 from gossamer.models import causal_lm, check_directory, tokenizer
 from gossamer.sites._calibrate import Batch
 from gossamer.sites._coupling import couplings
@@ -68,7 +69,7 @@ def shrink(
         ``speedup`` it has the seconds of a pass before and after too, and the table of times.
 
     Raises:
-        GossamerError: anything asked for that cannot be; the model is unchanged.
+        GossamerError: anything asked for that cannot be; the model is unchanged (but for `AdaptPruner`'s finished rounds).
 
     >>> import torch
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -95,8 +96,17 @@ def shrink(
         folder, place = getattr(model, "name_or_path", ""), next(model.parameters()).device
         batches = batches_of(data, tokenizer, seqlen, samples, sample, seed, split, folder=folder, device=place)
         check_batches(model, batches)
-        if how.needs & {"grad", "divergence"} and not all("input_ids" in batch for batch in batches):
-            raise GossamerError(f"{how} looks at what the model says of the next token, so each mapping needs input_ids")
+        if how.needs & {"grad", "divergence"}:
+            told, head = f"{how} looks at what the model says of the next token", getattr(model, "get_output_embeddings", None)
+            if not all("input_ids" in batch for batch in batches):
+                raise GossamerError(f"{told}, so each mapping needs input_ids")
+            if head is None or head() is None:
+                raise GossamerError(f"{told}, and {type(model).__name__} has no head")
+    if speedup is not None:
+        try:
+            check_ids(model, torch.zeros(tuple(at), dtype=torch.long))
+        except GossamerError as error:
+            raise GossamerError(f"at={at[0]}x{at[1]}: {error}") from error
     training = model.training
     model.eval()  # dropout would blur the statistics
     before = count(model)
@@ -115,6 +125,8 @@ def shrink(
     finally:
         model.train(training)
     after = count(model)
+    if after["inside"] == before["inside"]:
+        raise GossamerError(f"{how} finds nothing that it could remove whole for so little; nothing has changed")
     structure = {
         **{what: [before[what], after[what]] for what in before},
         "sparsity": 1 - after["inside"] / before["inside"],

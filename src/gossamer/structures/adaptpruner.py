@@ -26,7 +26,8 @@ class AdaptPruner(Structure):
         multiple: channels are counted in multiples of this.
 
     The authors give Δ and stop once the model is small enough; here Δ is what makes each round end at its total, so that the
-    last does too. No member comes back, should its block's s_l fall. A round takes one forward pass and one with gradients of
+    last does too. No member comes back, should its block's s_l fall, nor if a later round fails: then the model is what the
+    last one left. A round takes one forward pass and one with gradients of
     all weights that go with members, in float32; biases and norms are not scored.
 
     >>> AdaptPruner(step=0.05)
@@ -48,7 +49,7 @@ class AdaptPruner(Structure):
 
     @torch.no_grad()
     def __call__(self, model: Skeleton, sparsity: float) -> None:
-        whole = [group for kind in ("heads", "channels") for group in model.groups(kind)]
+        whole = [group.bare() for kind in ("heads", "channels") for group in model.groups(kind)]
         total, blocks = model.parameters, model.blocks
         gone = [0] * len(whole)
         most = _size(whole, self._gone(whole, [0.99] * blocks, gone))
@@ -95,10 +96,10 @@ class AdaptPruner(Structure):
         return moved(min((high, low), key=lambda delta: abs(size(delta) - removed)))
 
     def _gone(self, whole: list[Group], s: list[float], before: list[int]) -> list[int]:
-        """Return how many of each group's members are gone at these fractions, in whole multiples; none comes back."""
-        units = [self.multiple if group.kind == "channels" else 1 for group in whole]
-        now = [math.floor(s[g.block] * g.count / unit + 1e-9) * unit for g, unit in zip(whole, units, strict=True)]
-        return [max(pair) for pair in zip(before, now, strict=True)]
+        """Return how many of each group's members are gone at these fractions, where a multiple stays; none comes back."""
+        units = [min(self.multiple, group.count) if group.kind == "channels" else 1 for group in whole]
+        left = [math.ceil((1 - s[g.block]) * g.count / unit - 1e-9) * unit for g, unit in zip(whole, units, strict=True)]
+        return [max(gone, group.count - n) for gone, group, n in zip(before, whole, left, strict=True)]
 
 
 def _size(whole: list[Group], gone: list[int]) -> int:

@@ -1,5 +1,6 @@
 """Týr-the-Pruner: every layer pruned to several levels, and an evolution that trades levels between layers."""
 
+import math
 import random
 from typing import ClassVar
 
@@ -75,13 +76,19 @@ class Tyr(Structure):
         kept = self._even(model, sparsity)
         measure, chance = model.divergence(), random.Random(self.seed)
         with Variants() as variants:
-            for at in range(self.rounds):
-                groups = _groups(model)
-                choices = [self._choices(group, n, at) for group, n in zip(groups, kept, strict=True)]
-                found = self._supernet(model, kept, choices, variants, first=at == 0)
-                net = _Net(_groups(model), variants, found, kept)
-                kept, apart = self._search(net, kept, choices, measure, chance)
-            net.take(kept)
+            try:
+                for at in range(self.rounds):
+                    groups = _groups(model)
+                    choices = [self._choices(group, n, at) for group, n in zip(groups, kept, strict=True)]
+                    found = self._supernet(model, kept, choices, variants, first=at == 0)
+                    net = _Net(_groups(model), variants, found, kept)
+                    kept, apart = self._search(net, kept, choices, measure, chance)
+                net.take(kept)
+            except BaseException:  # the model is as it was: no member is gone yet, and its weights are all there
+                for group in _groups(model):
+                    if variants.has(_key(group), DENSE):
+                        group.out.copy_(variants.get(_key(group), DENSE))
+                raise
             model.note(0, divergence=apart)
             for group, n in zip(net.groups, kept, strict=True):
                 model.keep(group, found[_key(group)].kept(group.count - n, group.count))
@@ -107,10 +114,10 @@ class Tyr(Structure):
 
     def _choices(self, group: Group, kept: int, at: int) -> list[int]:
         """Return the numbers that a group may keep in round ``at``: ascending, evenly apart, the present one among them."""
-        unit = self.multiple if group.kind == "channels" else 1
+        unit = min(self.multiple, group.count) if group.kind == "channels" else 1
         apart = max(round(self.interval / 2**at * group.count / unit), 1) * unit
-        around = (kept + level * apart for level in range(-self.levels, self.levels + 1))
-        return [n for n in around if min(unit, group.count) <= n <= group.count]
+        around = {kept // unit * unit + level * apart for level in range(-self.levels, self.levels + 1)} | {kept}
+        return sorted(n for n in around if unit <= n <= group.count)
 
     def _supernet(
         self, model: Skeleton, kept: list[int], choices: list[list[int]], variants: Variants, *, first: bool
@@ -125,8 +132,8 @@ class Tyr(Structure):
             if first:
                 variants.put(key, DENSE, group.out)
             w = variants.get(key, DENSE).to(group.out.device)
-            upper, _, damp = stats.inverse_factor(self.damp)
-            found[key], _, _ = remove(w, upper.T @ upper, group.width, group.count - numbers[0])
+            upper, dead, damp = stats.inverse_factor(self.damp)
+            found[key], _, _ = remove(w.masked_fill(dead, 0), upper.T @ upper, group.width, group.count - numbers[0])
             h = stats.hessian(damp)
             for n in numbers:
                 columns = _columns(group, found[key], n)
@@ -156,7 +163,10 @@ class Tyr(Structure):
                 told = []
                 for child in brood:
                     net.take(child)
-                    told.append(measure(draw, tokens))
+                    apart = measure(draw, tokens)
+                    told.append(apart if math.isfinite(apart) else math.inf)
+                if told and min(told) == math.inf:
+                    raise ArithmeticError("the divergence of every model that was tried is NaN or infinite")
                 best = sorted(range(len(brood)), key=told.__getitem__)[:survivors]
                 brood, apart = [brood[place] for place in best], told[best[0]] if best else apart
             parent = brood[0]

@@ -38,14 +38,19 @@ class WeLore(Structure):
     @torch.no_grad()
     def __call__(self, model: Skeleton, sparsity: float) -> None:
         linears = model.linears()
-        wanted, most = sparsity * model.parameters, sum(_saved(linear, 1) for linear in linears)
+        values = [normal(torch.linalg.svdvals(linear.weight.float())) for linear in linears]
+        for linear, own in zip(linears, values, strict=True):
+            if not bool(own.isfinite().all()):
+                raise ArithmeticError(f"the singular values of {linear.name} in block {linear.block} overflow")
+        least = self.ranks(values, 1.0)  # of the largest one alone where that is allowed
+        wanted, most = sparsity * model.parameters, sum(map(_saved, linears, least))
         if most < wanted:
             told = f"{self} can remove at most {most / model.parameters:.4f} of the parameters in the blocks"
             raise GossamerError(f"{told}; {sparsity} was asked for")
-        values = [normal(torch.linalg.svdvals(linear.weight.float())) for linear in linears]
         k = self.threshold(linears, values, wanted)
         model.note(0, threshold=k)
-        for linear, rank in zip(linears, self.ranks(values, k), strict=True):
+        for rank in self.ranks(values, k):
+            linear = linears.pop(0)  # what is factored is not held any longer
             if rank < linear.rank:
                 u, s, v = torch.linalg.svd(linear.weight.float(), full_matrices=False)
                 root = s[:rank].sqrt()

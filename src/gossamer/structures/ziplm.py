@@ -28,7 +28,8 @@ class ZipLM(Structure):
         multiple: channels are counted in multiples of this.
 
     The paper weighs each layer's error by a coefficient that it searches for with the loss; here every one is 1. It removes
-    query heads one by one, here a key-value head goes with those that share it.
+    query heads one by one, and whole modules; here a key-value head goes with those that share it, and one stays. An input that
+    is always zero goes first, at no cost.
 
     >>> ZipLM(damp=0.1)
     ZipLM(damp=0.1)
@@ -46,7 +47,7 @@ class ZipLM(Structure):
 
     @torch.no_grad()
     def __call__(self, model: Skeleton, sparsity: float) -> None:
-        groups = [group for kind in ("heads", "channels") for group in model.groups(kind)]
+        groups = [group.bare() for kind in ("heads", "channels") for group in model.groups(kind)]
         levels = [self._levels(group) for group in groups]
         budget = model.budget
         sizes = [[budget.cost(group, group.count - n) for n in own] for group, own in zip(groups, levels, strict=True)]
@@ -61,14 +62,14 @@ class ZipLM(Structure):
 
         def take_apart(group: Group, stats: Stats) -> None:
             key, w = (group.kind, group.block), group.out.float()
-            upper, _, damp = stats.inverse_factor(self.damp)
-            found[key], _, _ = remove(w, upper.T @ upper, group.width, max(self._levels(group)))
+            upper, dead, damp = stats.inverse_factor(self.damp)
+            found[key], _, _ = remove(w.masked_fill(dead, 0), upper.T @ upper, group.width, max(self._levels(group)))
             energy[key] = float((w @ stats.hessian(damp) * w).sum())
 
         for _ in model.walk("heads", "channels", solve=take_apart):
             pass
         keys = [(group.kind, group.block) for group in groups]
-        costs = [[float(found[k].errors[n]) / energy[k] for n in own] for k, own in zip(keys, levels, strict=True)]
+        costs = [[float(found[k].errors[n]) / (energy[k] or 1.0) for n in own] for k, own in zip(keys, levels, strict=True)]
         picked = within(costs, sizes, stay)
         gone = {key: own[level] for key, own, level in zip(keys, levels, picked, strict=True)}
         for key, cost, level in zip(keys, costs, picked, strict=True):

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from gossamer.core.errors import GossamerError
-from gossamer.core.grid import fitted, found, kept_tiles, rounded, tiles, untiled
+from gossamer.core.grid import fitted, found, kept_tiles, refound, rounded, tiles, untiled
 from gossamer.core.pattern import Block
+from gossamer.core.spec import parse
 from gossamer.core.stats import Stats
 from gossamer.solvers import GQSA, Asymmetric
+from gossamer.tuners import OQP
 from tests.test_solvers import hessian, layer
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -85,7 +87,7 @@ def test_a_grid_is_found_again_in_any_dtype(dtype: torch.dtype, bits: int) -> No
         for spread in (1e-3, 0.02, 1.0, 300.0):
             shift = torch.randn(200, 1, generator=generator)
             values = spread * (torch.randn(200, size, generator=generator) + 0.5 * shift)
-            scale, zero = fitted(values, bits)
+            scale, zero = fitted(values, bits, torch.bfloat16)
             # As training leaves them: codes of any kind, also such that use neither end.
             codes = torch.randint(0, 2**bits, values.shape, generator=generator).clamp_max(2**bits - 1 - (shift > 0).long())
             for made in (rounded(values, scale, zero, bits), scale * (codes - zero)):
@@ -100,7 +102,7 @@ def test_a_grid_is_found_again_in_any_dtype(dtype: torch.dtype, bits: int) -> No
 
 def test_what_is_on_no_grid_is_told() -> None:
     values = torch.randn(50, 16, generator=torch.Generator().manual_seed(0))
-    good = rounded(values, *fitted(values, 4), 4)
+    good = rounded(values, *fitted(values, 4, torch.bfloat16), 4)
     good[7, good[7].argmax()] *= 1 + 2**-20
     good[9] = values[9]
     good[11, 0] = float("nan")
@@ -137,3 +139,28 @@ def test_a_width_that_groups_do_not_divide() -> None:
     w, stats = layer(4, 24)
     with pytest.raises(GossamerError, match="1x16 needs rows that 1 divides and columns that 16 divides"):
         GQSA()(w, stats, Block(1, 16), 0.5)
+
+
+@pytest.mark.parametrize("size", [2e-5, 1e-4, 1e-3, 1.0])
+def test_small_values_in_float16_are_on_a_grid_too(size: float) -> None:
+    values = size * torch.randn(400, 16, generator=torch.Generator().manual_seed(0))
+    half = rounded(values, *fitted(values, 4, torch.float16), 4).half()
+    assert found(half, 4)[3].all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_what_is_on_a_grid_is_not_rounded_again(dtype: torch.dtype, bits: int) -> None:
+    values = 0.02 * torch.randn(5000, 16, generator=torch.Generator().manual_seed(0))
+    once = rounded(values, *fitted(values, bits, dtype), bits).to(dtype).float()
+    again = rounded(once, *refound(once, bits, dtype), bits).to(dtype).float()
+    assert torch.equal(once, again)
+    assert not torch.equal(once, rounded(once, *fitted(once, bits, dtype), bits).to(dtype).float()), "a fitted grid is another"
+
+
+@pytest.mark.parametrize(
+    "method", ["GQSA(bits=5)", "GQSA(bits=4.0)", "GQSA(damp=1e999)", "OQP(bits=4.0)", "OQP(group=True)", "OQP(group=0)"]
+)
+def test_numbers_that_make_no_grid(method: str) -> None:
+    with pytest.raises(GossamerError, match=r"(GQSA|OQP) wants bits of"):
+        parse(method, {"GQSA": GQSA, "OQP": OQP})

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import gossamer
 from gossamer.core.errors import GossamerError
-from gossamer.core.grid import found, moved, rounded, tiles
+from gossamer.core.grid import fitted, found, moved, rounded, tiles
 from gossamer.sites._walk import targets
 from tests.sites.families import causal, ids
 from tests.tuners.loops import adamw, loss_of, train
@@ -66,7 +66,7 @@ def test_gradients_go_straight_through_by_hand() -> None:
 
 def test_a_grid_moves_by_factors_and_by_whole_numbers() -> None:
     grown, shifted = torch.tensor([0.1], requires_grad=True), torch.tensor([0.05], requires_grad=True)
-    scale, zero = moved(torch.tensor([0.5]), torch.tensor([7.0]), grown, shifted, 4)
+    scale, zero = moved(torch.tensor([0.5]), torch.tensor([7.0]), grown, shifted, 4, torch.float32)
     assert scale.item() == float(torch.tensor(0.5 * 1.1051709).bfloat16())
     assert zero.item() == 8.0  # 7 + 15 · 0.05 = 7.75
     by_grown, by_shifted = torch.autograd.grad(scale + zero, (grown, shifted))
@@ -104,11 +104,13 @@ def test_the_model_gets_closer_than_rounding_alone_and_codes_change(dtype: torch
 
 def test_where_training_brings_nothing_the_weights_are_rounded_all_the_same() -> None:
     model, dense = pair(method="GQSA(bits=None)")
-    rounded_once, _ = pair()
+    expected = state(model)
+    for target in targets(model):
+        groups = tiles(target.matrices()[0].detach(), 1, 16)
+        expected[target.name] = rounded(groups, *fitted(groups, 4, torch.float32), 4).flatten(1)
     report = gossamer.reconstruct(model, dense, data=ids(64), **{**FAST, "rate": 1.0, "epochs": 1})
     assert all(row["after"] == row["before"] for row in report.blocks)
-    up = "model.layers.0.self_attn.q_proj.weight"
-    assert torch.equal(state(model)[up], state(rounded_once)[up])
+    assert same(state(model), expected)
     assert on_grids(model)
 
 
@@ -207,3 +209,30 @@ def test_both_stages_from_directory_to_directory(tiny_dir: Path, tmp_path: Path)
         assert all(not (mask & ~kept[name]).any() for name, mask in masks(model).items())
         gossamer.pack(model, "Grouped", pattern="1x16")
     assert not same(state(gossamer.load(first)), state(gossamer.load(second)))
+
+
+def test_a_layer_without_empty_groups_is_rounded_and_tuned_too() -> None:
+    dense = causal("llama")
+    for target in targets(dense):
+        target.parameter.mul_(5)
+    model, whole = copy.deepcopy(dense), "model.layers.0.mlp.up_proj.weight"
+    shares = {target.name: 0.5 for target in targets(model)} | {whole: 0.0}
+    gossamer.prune(model, "GQSA(bits=None)", "1x16", allocate=shares, data=ids())
+    gossamer.reconstruct(model, dense, data=ids(16), **{**FAST, "batch": 2})
+    assert on_grids(model)
+    assert float((state(model)[whole] == 0).float().mean()) < 0.3
+    tuning = gossamer.tune(model, "OQP", steps=1)
+    assert len(tuning.parameters()) == 2 * len(list(targets(model)))
+    tuning.finish()
+
+
+@pytest.mark.parametrize(("pattern", "sparsity", "group"), [("Unstructured", 0.8, 4), ("2:4", None, 2)])
+def test_zeros_inside_groups_that_were_never_on_a_grid_stay(pattern: str, sparsity: float | None, group: int) -> None:
+    dense = causal("llama")
+    for target in targets(dense):
+        target.parameter.mul_(5)
+    model = copy.deepcopy(dense)
+    gossamer.prune(model, "Wanda", pattern, sparsity=sparsity, data=ids())
+    zeros = {target.name: target.parameter == 0 for target in targets(model)}
+    gossamer.reconstruct(model, dense, data=ids(16), **{**FAST, "batch": 2, "group": group})
+    assert all(bool((target.parameter[zeros[target.name]] == 0).all()) for target in targets(model))

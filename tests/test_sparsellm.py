@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from gossamer.core.errors import GossamerError
 from gossamer.core.mlp import MLP
 from gossamer.core.pattern import NM, Pattern, Unstructured
+from gossamer.core.spec import parse
 from gossamer.core.stats import Stats
 from gossamer.solvers import SparseGPT, SparseLLM
 from gossamer.solvers.sparsellm import inner, outer, refit
@@ -239,3 +240,9 @@ def _stats(gram: Tensor) -> Stats:
 def test_what_cannot_be_asked_for(asked: dict[str, float]) -> None:
     with pytest.raises(GossamerError, match="SparseLLM wants"):
         SparseLLM(**asked)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("how", ["steps=2.5", "steps=-1", "alpha=1e999", "gamma=0", "block=16.5", "damp=1e999"])
+def test_numbers_that_cannot_be(how: str) -> None:
+    with pytest.raises(GossamerError, match="SparseLLM wants"):
+        parse(f"SparseLLM({how})", {"SparseLLM": SparseLLM})

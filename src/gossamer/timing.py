@@ -160,7 +160,7 @@ def _random(product: Product, dtype: torch.dtype, device: torch.device) -> tuple
     weight = weight.masked_fill_(~mask, 0)
     if product.format == "Grouped" and isinstance(pattern, Block):  # it packs what lies on 4-bit grids
         own = tiles(weight, pattern.h, pattern.w)
-        weight = untiled(on_grid(own, *fitted(own, 4), 4), pattern.h, pattern.w)
+        weight = untiled(on_grid(own, *fitted(own, 4, own.dtype), 4), pattern.h, pattern.w)
     return weight.to(dtype), mask
 
 

@@ -21,7 +21,7 @@ def on_grid(rows: int, columns: int, h: int, w: int, dtype: torch.dtype, sparsit
     if sparsity:
         mask[:h] = False
     own = tiles(dense * mask, h, w)
-    return untiled(rounded(own, *fitted(own, bits), bits), h, w).to(dtype)
+    return untiled(rounded(own, *fitted(own, bits, dtype), bits), h, w).to(dtype)
 
 
 SIZES = [

@@ -28,7 +28,7 @@ def made(case: Case, dtype: torch.dtype, empty: bool = False) -> tuple[Grouped, 
         dense[: len(dense) // h // 3 * h] = 0
         dense[-h:] = 0
     own = tiles(dense, h, w)
-    packed = Grouped.pack(untiled(rounded(own, *fitted(own, 4), 4), h, w).to(dtype), None, pattern)
+    packed = Grouped.pack(untiled(rounded(own, *fitted(own, 4, dtype), 4), h, w).to(dtype), None, pattern)
     codes = torch.cat([packed.values & 15, packed.values >> 4], 1)[:, : h * w].double()
     exact = torch.zeros(case.rows // h, case.columns // w, h * w, dtype=torch.float64)
     row = torch.repeat_interleave(torch.arange(case.rows // h), packed.offsets.diff())

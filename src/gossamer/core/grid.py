@@ -26,18 +26,19 @@ def kept_tiles(matrix: Tensor, h: int, w: int) -> Tensor:
     return untiled(some.expand(*some.shape[:-1], h * w), h, w)
 
 
-def fitted(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def fitted(values: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return the scale and the zero of each tile, float32 (..., 1): s = (max − min) / (2^bits − 1), z = round(−min / s).
 
-    0 is among the values, so that it is on the grid and z in [0, 2^bits). The scale is rounded to bfloat16, which is a number
-    of every dtype that a model has: what is cast stays on its grid.
+    0 is among the values, so that it is on the grid and z in [0, 2^bits). The scale is rounded to bfloat16, and to the dtype in
+    which the values will be (float16 has fewer small numbers): what is cast stays on its grid.
 
     Args:
         values: (..., entries of a tile).
+        dtype: the model's.
     """
     values, top = values.float(), 2**bits - 1
     low, high = values.amin(-1, keepdim=True).clamp_max(0), values.amax(-1, keepdim=True).clamp_min(0)
-    scale = ((high - low) / top).bfloat16().float()
+    scale = ((high - low) / top).bfloat16().to(dtype).float()
     scale = scale.where(scale > 0, torch.ones_like(scale))
     return scale, (-low / scale).round().clamp(0, top)
 
@@ -69,13 +70,15 @@ def straight(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return out
 
 
-def moved(scale: Tensor, zero: Tensor, grown: Tensor, shifted: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def moved(scale: Tensor, zero: Tensor, grown: Tensor, shifted: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return a grid as training has moved it: s·exp(``grown``), z + (2^bits − 1)·``shifted``, rounded, straight through.
 
-    What is trained is small and without unit, so that an optimizer's rate means the same for both, and for every group.
+    What is trained is small and without unit, so that an optimizer's rate means the same for both, and for every group. The
+    scale is rounded as `fitted` does; one that would become 0 stays what it was.
     """
     top = 2**bits - 1
-    return straight(scale * grown.exp(), torch.bfloat16), straight(zero + top * shifted).clamp(0, top)
+    found = straight(straight(scale * grown.exp(), torch.bfloat16), dtype)
+    return found.where(found > 0, scale), straight(zero + top * shifted).clamp(0, top)
 
 
 def found(values: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -111,3 +114,24 @@ def found(values: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         done[at] = True
         left = left[~fits]
     return codes, scale, zero, done
+
+
+def held(values: Tensor) -> torch.dtype:
+    """Return the dtype that values were rounded to: one of 16 bits that has all of them, or else their own.
+
+    What was trained in float32, or is loaded for it, may come from a checkpoint of 16 bits.
+    """
+    return next((d for d in (torch.bfloat16, torch.float16) if bool((values.to(d) == values).all())), values.dtype)
+
+
+def refound(values: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return scale and zero as `fitted` does, but the grid that a tile's values lie on already where there is one.
+
+    A grid fitted to values of another that do not reach both of its ends is a narrower one, and rounds them again.
+    """
+    scale, zero = fitted(values, bits, dtype)
+    flat = values.flatten(0, -2).to(dtype)
+    _, own, at, on = found(flat, bits)
+    on &= (own.float().bfloat16() == own.float()) & (flat != 0).any(1)
+    there = on.view(*values.shape[:-1], 1)
+    return own.float().view_as(scale).where(there, scale), at.float().view_as(zero).where(there, zero)

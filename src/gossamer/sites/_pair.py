@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core.errors import GossamerError
+from gossamer.core.grid import found, held, tiles
 from gossamer.sites._calibrate import Batch, Calibration, eager_experts, moved
 from gossamer.sites._inputs import check_batches
 from gossamer.sites._job import check_finite
@@ -136,7 +137,7 @@ class Pair:
 
 
 def check(
-    model: nn.Module, teacher: nn.Module, batches: Sequence[Batch], expression: str | None, group: int | None = None
+    model: nn.Module, teacher: nn.Module, batches: Sequence[Batch], expression: str | None, grid: Grid | None = None
 ) -> dict[Target, Tensor]:
     """Return the masks of the pruned weights, and raise for everything that can be wrong, before anything is changed."""
     check_teacher(model, teacher)
@@ -149,16 +150,24 @@ def check(
         )
     for target in [*chosen, *(t for t in find_targets(teacher) if not t.parameter.is_meta)]:
         check_finite(target)
-    masks = {target: target.kept(group) for target in chosen}
-    masks = {target: mask for target, mask in masks.items() if not mask.all()}
-    if not masks:
+    masks = {target: target.kept(grid and grid.group) for target in chosen}
+    if all(bool(mask.all()) for mask in masks.values()):
         raise GossamerError(f"none of the {len(chosen)} weights has zeros: prune the model first, with gossamer.prune")
     if len(batches) < 2:
         raise GossamerError(
             "reconstruct wants at least 2 batches, one of them to judge by: give more windows, or a smaller batch"
         )
     check_batches(model, batches)
-    return masks
+    if grid is not None:  # a weight without zeros is rounded too
+        return {target: mask if _on_grid(target, grid) else mask & (target.parameter != 0) for target, mask in masks.items()}
+    return {target: mask for target, mask in masks.items() if not mask.all()}
+
+
+def _on_grid(target: Target, grid: Grid) -> bool:
+    """Whether a weight has been rounded to grids already, where 0 is a value as any other: elsewhere its zeros are pruned."""
+    w = target.parameter.detach()
+    groups = tiles(w.mT if target.transposed else w, 1, grid.group).flatten(0, -2)
+    return bool(found(groups.to(held(w)), grid.bits)[3].all())
 
 
 @contextmanager

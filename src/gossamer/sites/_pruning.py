@@ -1,5 +1,6 @@
 """Prune what calibration hands over: each weight when its inputs are complete, or all of an MLP when those of its first are."""
 
+import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core.format import Format
-from gossamer.core.mlp import MLP, SolvesMLP
+from gossamer.core.mlp import MLP, Activation, SolvesMLP
 from gossamer.core.stats import Stats
 from gossamer.sites._calibrate import Batch, Calibration, hooked
 from gossamer.sites._job import Job, check_finite, show_method
@@ -91,7 +92,7 @@ class Pruning:
             second=out.matrices()[0].float(),
             first_bias=torch.cat([_bias(target) for target in linears.into]),
             second_bias=_bias(out),
-            act=wiring.act,
+            act=_apart(wiring.act),
             gated=linears.gated,
             x=tuple(x.reshape(-1, x.shape[-1]) for x in self._x),
             stats=known,
@@ -119,6 +120,14 @@ def check_mlps(model: nn.Module, job: Job, chosen: Sequence[Target], batches: Se
     if isinstance(job.solver, SolvesMLP):
         who = show_method(job.solver)
         wired(list(mlps(model, chosen, who).values()), lambda: model(**batches[0], use_cache=False), who)
+
+
+def _apart(act: Activation) -> Activation:
+    """Return the activation as one that leaves its input as it was."""
+    if getattr(act, "inplace", False):
+        act = copy.copy(act)
+        act.inplace = False  # type: ignore[attr-defined]
+    return act
 
 
 def _bias(target: Target) -> Tensor:

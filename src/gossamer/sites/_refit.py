@@ -5,7 +5,7 @@ and its zeros are exact at every step, because what it runs on is always masked.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from gossamer.core.errors import GossamerError
-from gossamer.core.grid import fitted, rounded, tiles, untiled
+from gossamer.core.grid import held as dtype_of
 from gossamer.core.grid import moved as regridded
+from gossamer.core.grid import refound, rounded, tiles, untiled
 from gossamer.sites._calibrate import Call, moved
 
 Named = dict[str, Tensor]
@@ -71,12 +72,21 @@ class Gridded(Kept):
 
     Args:
         turned: the parameters that are stored (in, out).
+        dtypes: what the parameters will be rounded to.
     """
 
-    def __init__(self, start: Named, masks: Named, generator: torch.Generator, grid: Grid, turned: Collection[str]) -> None:
-        self._grid, self._turned, self._grids = grid, turned, dict[str, tuple[Tensor, Tensor]]()
+    def __init__(
+        self,
+        start: Named,
+        masks: Named,
+        generator: torch.Generator,
+        grid: Grid,
+        turned: Collection[str],
+        dtypes: Mapping[str, torch.dtype],
+    ) -> None:
+        self._grid, self._turned, self._dtypes, self._grids = grid, turned, dtypes, dict[str, tuple[Tensor, Tensor]]()
         for name, mask in masks.items():
-            self._grids[name] = fitted(self._groups(name, start[name] * mask), grid.bits)
+            self._grids[name] = refound(self._groups(name, start[name] * mask), grid.bits, dtypes[name])
         super().__init__(start, masks, generator)
         self._own = list(start)
         for name, (scale, zero) in self._grids.items():
@@ -86,7 +96,8 @@ class Gridded(Kept):
     def weights(self) -> Named:
         found = {name: self.leaves[name] for name in self._own}
         for name, (scale, zero) in self._grids.items():
-            own = regridded(scale, zero, self.leaves[f"{name}.grown"], self.leaves[f"{name}.shifted"], self._grid.bits)
+            moves = self.leaves[f"{name}.grown"], self.leaves[f"{name}.shifted"]
+            own = regridded(scale, zero, *moves, self._grid.bits, self._dtypes[name])
             rough = untiled(rounded(self._groups(name, found[name]), *own, self._grid.bits), 1, self._grid.group)
             found[name] = (rough.mT if name in self._turned else rough) * self._masks[name]
         return found
@@ -159,8 +170,9 @@ def refit(
 
     trained: Kept | LowRank
     if grid is not None:
-        trained = Gridded(start, masks, generator, grid, turned)
-        first = stored()
+        dtypes = {name: dtype_of(p.detach()) for name, p in own.items()}  # a model of 16 bits may be here in float32
+        trained = Gridded(start, masks, generator, grid, turned, dtypes)
+        first = {name: (w.clone(), count) for name, (w, count) in stored().items()}  # float32 ones are what is trained
         before = finite(judged({name: full(w) for name, (w, _) in first.items()}), "before any step")
     else:
         first = {}

@@ -60,7 +60,8 @@ class Reconstruct:
             raise GossamerError(f"parts is {' or '.join(PARTS)}, not {self.parts!r}")
         if (self.bits is None) != (self.group is None) or (self.bits is not None and self.rank is not None):
             raise GossamerError("bits and group go together, and without rank: Reconstruct(bits=4, group=16)")
-        if self.bits not in (None, 2, 3, 4) or not (self.group is None or (isinstance(self.group, int) and self.group > 0)):
+        whole = all(number is None or type(number) is int for number in (self.bits, self.group))
+        if not whole or self.bits not in (None, 2, 3, 4) or not (self.group is None or self.group > 0):
             raise GossamerError(f"bits are 2, 3 or 4, and group is a positive integer, not {self.bits!r} and {self.group!r}")
 
     @property
@@ -89,7 +90,7 @@ class Reconstruct:
             after_block: is given the index and the rows of each block that is done.
         """
         started = time.perf_counter()
-        masks = check(model, teacher, batches, targets, self.group)
+        masks = check(model, teacher, batches, targets, self.grid)
         where = None if device is None else torch.device(device)
         rows: list[dict[str, Any]] = []
         with evaluating(model), evaluating(teacher), torch.no_grad():

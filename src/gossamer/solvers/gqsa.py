@@ -1,5 +1,6 @@
 """GQSA: whole groups of weights go, and those that stay are integers of a few bits under one scale and one zero."""
 
+import math
 from typing import ClassVar
 
 import torch
@@ -48,7 +49,8 @@ class GQSA(Solver):
     patterns: ClassVar[tuple[type[Pattern], ...]] = (Block,)
 
     def __post_init__(self) -> None:
-        if self.bits not in (None, 2, 3, 4) or not self.damp > 0:
+        whole = self.bits is None or (type(self.bits) is int and self.bits in (2, 3, 4))
+        if not whole or not 0 < self.damp < math.inf:
             raise GossamerError(f"GQSA wants bits of 2, 3, 4 or None and damp > 0; got bits={self.bits!r}, damp={self.damp!r}")
 
     @torch.no_grad()
@@ -60,5 +62,5 @@ class GQSA(Solver):
         exact = exact.masked_fill(~mask, 0)
         if self.bits is not None:
             groups = tiles(exact, pattern.h, pattern.w)
-            exact = untiled(rounded(groups, *fitted(groups, self.bits), self.bits), pattern.h, pattern.w)
+            exact = untiled(rounded(groups, *fitted(groups, self.bits, w.dtype), self.bits), pattern.h, pattern.w)
         return exact.to(w.dtype).contiguous(), mask

@@ -65,12 +65,13 @@ class SparseLLM(Solver):
     patterns: ClassVar[tuple[type[Pattern], ...]] = (Unstructured, NM)
 
     def __post_init__(self) -> None:
-        if self.steps < 0 or not (self.alpha > 0 and self.beta > 0 and self.gamma > 0):
+        weights = self.alpha, self.beta, self.gamma
+        if type(self.steps) is not int or self.steps < 0 or not all(0 < one < math.inf for one in weights):
             raise GossamerError(
                 "SparseLLM wants steps >= 0, and alpha, beta and gamma > 0; "
                 f"got steps={self.steps!r}, alpha={self.alpha!r}, beta={self.beta!r}, gamma={self.gamma!r}"
             )
-        if not self.damp > 0 or self.block < 1:
+        if not 0 < self.damp < math.inf or type(self.block) is not int or self.block < 1:
             raise GossamerError(f"SparseLLM wants damp > 0 and block >= 1; got damp={self.damp!r}, block={self.block!r}")
 
     @torch.no_grad()

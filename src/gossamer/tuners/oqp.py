@@ -9,16 +9,13 @@ from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from gossamer.core.errors import GossamerError
-from gossamer.core.grid import found, moved, tiles, untiled
+from gossamer.core.grid import found, held, moved, tiles, untiled
 from gossamer.core.spec import spec
 from gossamer.core.tuner import How, Tuner, Tuning
 from gossamer.sites._job import check_finite
 from gossamer.sites._walk import Target
 from gossamer.sites._walk import targets as find_targets
 from gossamer.tuners._weights import Weight, plain, restore
-
-# Weights trained in float32 may come from a checkpoint of 16 bits, and are rounded to its dtype.
-ROUNDED = (torch.bfloat16, torch.float16)
 
 
 @spec
@@ -44,7 +41,7 @@ class OQP(Tuner):
     rate: ClassVar[float] = 1e-3
 
     def __post_init__(self) -> None:
-        if self.bits not in (2, 3, 4) or not isinstance(self.group, int) or self.group < 1:
+        if not type(self.bits) is type(self.group) is int or self.bits not in (2, 3, 4) or self.group < 1:
             raise GossamerError(f"OQP wants bits of 2, 3 or 4 and group >= 1; got bits={self.bits!r}, group={self.group!r}")
 
     def start(self, model: nn.Module, how: How) -> Tuning:
@@ -107,16 +104,18 @@ class _Grids(nn.Module):
     scale: Tensor
     zero: Tensor
 
-    def __init__(self, target: Target, bits: int, where: Tensor, codes: Tensor, scale: Tensor, zero: Tensor) -> None:
+    def __init__(
+        self, target: Target, bits: int, dtype: torch.dtype, where: Tensor, codes: Tensor, scale: Tensor, zero: Tensor
+    ) -> None:
         super().__init__()
-        self._target, self._bits = target, bits
+        self._target, self._bits, self._dtype = target, bits, dtype
         for name, tensor in (("where", where), ("codes", codes), ("scale", scale[:, None]), ("zero", zero[:, None])):
             self.register_buffer(name, tensor, persistent=False)
         self.grown = nn.Parameter(torch.zeros_like(self.scale))
         self.shifted = nn.Parameter(torch.zeros_like(self.scale))
 
     def forward(self, w: Tensor) -> Tensor:
-        scale, zero = moved(self.scale, self.zero, self.grown, self.shifted, self._bits)
+        scale, zero = moved(self.scale, self.zero, self.grown, self.shifted, self._bits, self._dtype)
         own = scale * (self.codes - zero)
         every = own.new_zeros(*self.where.shape, own.shape[-1]).masked_scatter(self.where[..., None], own)
         matrices = untiled(every, 1, own.shape[-1])
@@ -125,7 +124,7 @@ class _Grids(nn.Module):
 
 
 def _grids_of(target: Target, method: OQP) -> _Grids | None:
-    """Return the grids on which a weight lies; None for one that is not pruned.
+    """Return the grids on which a weight lies; None for one that is neither pruned nor on any.
 
     Raises:
         GossamerError: it is NaN, offloaded, sharded or reparametrized, groups do not divide it, or it lies on no grids.
@@ -136,16 +135,18 @@ def _grids_of(target: Target, method: OQP) -> _Grids | None:
         raise GossamerError(f"{target.name} is offloaded or sharded: grids are trained of weights that are there whole")
     check_finite(target)
     mask = target.kept(method.group)
-    if bool(mask.all()) or not bool(mask.any()):
+    if not bool(mask.any()):
         return None
     every = tiles(target.matrices(), 1, method.group)
     where = (every != 0).any(-1)
     values = every[where]
-    held = next((dtype for dtype in ROUNDED if bool((values.to(dtype) == values).all())), values.dtype)
-    codes, scale, zero, on = found(values.to(held), method.bits)
+    dtype = held(values)
+    codes, scale, zero, on = found(values.to(dtype), method.bits)
     if off := int((~on).count_nonzero()):
+        if bool(mask.all()):
+            return None
         raise GossamerError(
             f"{target.name}: {off} of {len(on)} groups are on no grid of {method.bits} bits: prune the model by GQSA with the "
             f"pattern 1x{method.group}, or reconstruct it with bits={method.bits} and group={method.group}, first"
         )
-    return _Grids(target, method.bits, where, codes, scale.float(), zero.float())
+    return _Grids(target, method.bits, dtype, where, codes, scale.float(), zero.float())

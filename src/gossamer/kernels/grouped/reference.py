@@ -4,6 +4,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear as linear_of
+
+from gossamer.core.grid import untiled
 
 
 def entries(values: Tensor, scale: Tensor, zero: Tensor, size: int) -> Tensor:
@@ -22,10 +25,9 @@ def linear(
     shape: Sequence[int],
     tile: Sequence[int],
 ) -> Tensor:
-    """Return x Wᵀ, (batch, out), tile by tile."""
+    """Return x Wᵀ, (batch, out), W made dense in float32."""
     h, w = tile
     row = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=values.device), offsets.diff())
-    own = entries(values, scale, zero, h * w).view(-1, h, w)
-    parts = torch.einsum("btw,thw->bth", x.float().unflatten(1, (-1, w))[:, columns.long()], own)
-    y = parts.new_zeros(len(x), shape[0] // h, h).index_add(1, row, parts)
-    return y.flatten(1).to(x.dtype)
+    own = entries(values, scale, zero, h * w)
+    dense = own.new_zeros(shape[0] // h, shape[1] // w, h * w).index_put((row, columns.long()), own)
+    return linear_of(x.float(), untiled(dense, h, w)).to(x.dtype)

@@ -176,7 +176,7 @@ def test_nettrim_meets_the_conditions_of_its_optimum(share: float) -> None:
     h = (vectors * values) @ vectors.T
     w = w.double()
     budget = share * float(((w @ h) * w).sum())
-    found = least_l1(w, (values, vectors), budget, 20000)
+    found = least_l1(w, (values, vectors), budget, 1000)
     assert float(error(w, found, h).sum()) == pytest.approx(budget, rel=1e-2)
     slope = (w - found) @ h  # ∝ a subgradient of ‖U‖₁: one size where U is not zero, with its sign, and no larger elsewhere
     kept = found.abs() > 1e-6

@@ -1,7 +1,11 @@
-"""Write the tables of names into README.md and docs/ from what the package offers: python docs/generate.py"""
+"""Write the tables of README.md and docs/, of names from the package and of what was measured: python docs/generate.py"""
 
+import json
 import re
+import tomllib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from gossamer.catalogue import catalogue
 
@@ -9,12 +13,13 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- /generated -->)", re.DOTALL)
 SOURCE = re.compile(r" *\(([^()]*\b(?:19|20)\d\d\b[^()]*)\)")  # (authors, year, arXiv)
+KINDS = {"Unstructured": "Unstructured", "2:4": "2:4", "NM": "2:4", "Block": "Groups of 16"}
 ARXIV = re.compile(r"arXiv:(\d{4}\.\d{5})")
 
 
 def render(text: str) -> str:
     """Return a page with every part between the marks written anew."""
-    return PART.sub(lambda part: f"{part[1]}\n{names() if part[2] == 'names' else table(part[2])}\n{part[3]}", text)
+    return PART.sub(lambda part: f"{part[1]}\n{OTHERS.get(part[2], lambda: table(part[2]))()}\n{part[3]}", text)
 
 
 def names() -> str:
@@ -30,16 +35,64 @@ def table(kind: str) -> str:
         found = SOURCE.search(thing["summary"])
         source = ARXIV.sub(r"[arXiv:\1](https://arxiv.org/abs/\1)", found[1]) if found else ""
         needs = ", ".join(thing["needs"])
-        rows.append([f"`{thing['signature']}`", needs, SOURCE.sub("", thing["summary"]).replace("``", "`"), source])
-    head = [kind.removesuffix("s"), "needs", "what it is", "source"]
+        patterns = ", ".join(thing["patterns"])
+        rows.append([f"`{thing['signature']}`", needs, patterns, SOURCE.sub("", thing["summary"]).replace("``", "`"), source])
+    return _lines([kind.removesuffix("s"), "needs", "patterns", "what it is", "source"], rows)
+
+
+def measured() -> str:
+    """Return a table for each pattern and sparsity, the best method first, of the rows in methods.json."""
+    found = json.loads((ROOT / "docs" / "methods.json").read_text(encoding="utf-8"))
+    dense, groups = found["dense"], {}
+    for part in found["parts"].values():
+        for row in part["rows"]:
+            groups.setdefault((KINDS[row["pattern"].split("(")[0]], row["asked"]), []).append(row | {"pass": part["pass"]})
+    return "\n".join(_group(kind, asked, rows, dense) for (kind, asked), rows in groups.items())
+
+
+def _group(kind: str, asked: float | None, rows: list[dict[str, Any]], dense: dict[str, Any]) -> str:
+    tasks = list(dense["tasks"] or {})
+    head = ["method", "how", "perplexity", "× dense", "spread", *tasks, "seconds", "passes", "peak memory", "decoding"]
+    lines = []
+    for row in sorted(rows, key=lambda row: (row["perplexity"] is None, row["perplexity"])):
+        finite = row["perplexity"] is not None
+        how = [row["allocate"]] if row["allocate"] not in ("uniform", "None") else []
+        how += ["permuted"] if "permute=True" in row["pattern"] else []
+        lines.append(
+            [
+                f"`{row['method']}`",
+                ", ".join(how),
+                f"{row['perplexity']:,.2f}" if finite else "not finite",
+                f"{row['perplexity'] / dense['perplexity']:,.2f}" if finite else "",
+                f"{row['spread']:.2f} ({row['seeds']})" if row["spread"] is not None else "",
+                *(f"{row['tasks'][task]:.1%}" if task in row["tasks"] else "" for task in tasks),
+                f"{row['seconds']:.0f}",
+                f"{row['seconds'] / row['pass']:.1f}",
+                f"{row['peak_bytes'] / 1e9:.2f} GB",
+                f"{row['speed']:.2f}x" if row["speed"] else "",
+            ]
+        )
+    title = kind if asked is None else f"{kind}, {asked:.0%}".replace("%", " %")
+    return f"### {title}\n\n{_lines(head, lines)}"
+
+
+def claims() -> str:
+    """Return what each method costs, what its paper claims, and what is seen here, of claims.toml."""
+    found = tomllib.loads((ROOT / "docs" / "claims.toml").read_text(encoding="utf-8"))
+    rows = [[f"`{name}`", one["cost"], one["claim"], one.get("here", "")] for name, one in found.items()]
+    return _lines(["method", "cost", "the paper's claim", "here"], rows)
+
+
+def _lines(head: list[str], rows: Sequence[Sequence[str]]) -> str:
     used = [column for column in range(len(head)) if any(row[column] for row in rows)]
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(_cell(line[column]) for column in used)} |\n" for line in lines)
+    return "".join(f"| {' | '.join(_cell(line[column]) for column in used)} |\n" for line in (head, ["---"] * len(head), *rows))
 
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|") or "–"
 
+
+OTHERS = {"names": names, "measured": measured, "claims": claims}
 
 if __name__ == "__main__":
     for page in PAGES:

@@ -254,6 +254,8 @@ def test_ls_names_everything_with_its_needs(run: Any) -> None:
     for name, method in METHODS.items():
         if isinstance(method.needs, frozenset):
             assert all(need in listed[name] for need in method.needs), name
+    assert all(pattern in listed["SparseGPT"] for pattern in ("Unstructured", "NM"))
+    assert "any" in listed["Wanda"]
     assert "given[name]" in done.out, "brackets are no markup"
     only = run("ls", "patterns").out
     assert "TopK" in only

@@ -40,7 +40,7 @@ def generate() -> dict[str, Any]:
 
 def test_every_kind_of_name_has_its_table(generate: dict[str, Any]) -> None:
     marked = {kind for page in PAGES for _, kind, _ in generate["PART"].findall(page.read_text(encoding="utf-8"))}
-    assert marked == {"names", *generate["catalogue"]()}
+    assert marked == {*generate["OTHERS"], *generate["catalogue"]()}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=label)
@@ -91,3 +91,52 @@ def test_the_readme_example_runs(
     assert int((weight == 0).sum()) == weight.numel() // 2
     assert "SparseGPT 2:4: 14 weights" in capsys.readouterr().out
     assert (tmp_path / "pruned" / "sparsity.json").is_file()
+
+
+def test_what_was_measured_is_ranked_in_a_table_for_each_pattern(
+    generate: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = {
+        "allocate": "uniform",
+        "sparsity": 0.5,
+        "spread": None,
+        "seeds": 1,
+        "seconds": 30.0,
+        "peak_bytes": 2e9,
+        "speed": None,
+    }
+    rows = [
+        row | {"method": "A", "pattern": "2:4", "asked": None, "perplexity": None, "tasks": {}},
+        row
+        | {
+            "method": "B",
+            "pattern": "2:4",
+            "asked": None,
+            "perplexity": 40.0,
+            "tasks": {"arc": 0.5},
+            "spread": 1.5,
+            "seeds": 3,
+        },
+        row | {"method": "C", "pattern": "NM(2, 4, permute=True)", "asked": None, "perplexity": 30.0, "tasks": {"arc": 0.25}},
+        row
+        | {
+            "method": "D",
+            "pattern": "Unstructured(per='row')",
+            "asked": 0.7,
+            "perplexity": 50.0,
+            "tasks": {},
+            "allocate": "owl",
+        },
+    ]
+    found = {"dense": {"perplexity": 20.0, "tasks": {"arc": {"acc": 0.6}}}, "parts": {"x": {"pass": 10.0, "rows": rows}}}
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "methods.json").write_text(json.dumps(found))
+    monkeypatch.setitem(generate["measured"].__globals__, "ROOT", tmp_path)
+    lines = generate["measured"]().splitlines()
+    assert [line for line in lines if line.startswith("#")] == ["### 2:4", "### Unstructured, 70 %"]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| `")]
+    assert [row[0] for row in cells] == ["`C`", "`B`", "`A`", "`D`"]
+    assert cells[0] == ["`C`", "permuted", "30.00", "1.50", "–", "25.0%", "30", "3.0", "2.00 GB"]
+    assert cells[1] == ["`B`", "–", "40.00", "2.00", "1.50 (3)", "50.0%", "30", "3.0", "2.00 GB"]
+    assert cells[2][2] == "not finite"
+    assert cells[3][:4] == ["`D`", "owl", "50.00", "2.50"]

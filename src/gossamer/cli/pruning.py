@@ -134,8 +134,10 @@ def list_names(
 
     for title, things in catalogue().items():
         if kind in (None, title):
-            table = Table(title, "needs", "what it is", box=None, title_justify="left", padding=(0, 2, 0, 0))
+            shaped = ["patterns"] if any(thing["patterns"] for thing in things) else []
+            table = Table(title, "needs", *shaped, "what it is", box=None, title_justify="left", padding=(0, 2, 0, 0))
             for thing in things:
-                table.add_row(thing["signature"], ", ".join(thing["needs"]) or "–", thing["summary"])
+                said = [", ".join(thing[column]) or "–" for column in ("needs", *shaped)]
+                table.add_row(thing["signature"], *said, thing["summary"])
             show(table)
             out.print()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gossamer.core.errors import GossamerError
 from gossamer.core.grid import found, held, tiles
-from gossamer.sites._calibrate import Batch, Calibration, eager_experts, moved
+from gossamer.sites._calibrate import Batch, Calibration, Call, eager_experts, moved
 from gossamer.sites._inputs import check_batches
 from gossamer.sites._job import check_finite
 from gossamer.sites._refit import Example, Grid, hidden, refit
@@ -64,6 +64,7 @@ class Pair:
         self.dense = Calibration(teacher, inputs, frozenset(), device=None if offloaded else device)
         self.name, self.blocks = self.kept.name, self.kept.blocks
         self.end = 1 + max(target.block for target in masks if target.block is not None)  # behind it nothing is pruned
+        self._answers: list[Call] = []  # of the dense block in work, where all of it was asked
         self.held = max(len(batches) // HELD, 1)
 
     def steps(self, start_at: int) -> int:
@@ -110,11 +111,15 @@ class Pair:
 
     def go_on(self, index: int) -> None:
         """Take both models' windows through a block; the next one is entered with what it put out."""
-        for walk in (self.dense, self.kept) if self.how.inputs == "pruned" else (self.dense,):
-            walk.outputs = [call.output for call in walk.calls(index, walk.blocks[index])]
+        answers = self._answers or self.dense.calls(index, self.dense.blocks[index])
+        self.dense.outputs, self._answers = [call.output for call in answers], []
+        if self.how.inputs == "pruned":
+            self.kept.outputs = [call.output for call in self.kept.calls(index, self.blocks[index])]
 
     def _examples(self, index: int, part: str) -> list[Example]:
         answers = self.dense.calls(index, self.dense.blocks[index].get_submodule(part))
+        if not part:
+            self._answers = answers
         calls = answers
         if self.how.inputs == "pruned":
             calls = self.kept.calls(index, self.blocks[index].get_submodule(part), answered=False)

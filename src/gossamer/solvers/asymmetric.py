@@ -62,6 +62,7 @@ class Asymmetric(Solver):
 
     @property
     def patterns(self) -> tuple[type[Pattern], ...]:  # type: ignore[override]
+        """its method's"""
         return self.method.patterns if isinstance(self.method, Solver) else (Pattern,)
 
     @torch.no_grad()

@@ -250,3 +250,14 @@ def test_no_loss_no_method(method: str) -> None:
     mappings = [{"inputs_embeds": torch.ones(1, 2, 32)}]
     with pytest.raises(GossamerError, match="allocate=ecoflap takes the next-token loss"):
         gossamer.prune(causal("llama"), "Magnitude", ROW, sparsity=0.5, allocate="ecoflap", data=mappings)
+
+
+@pytest.mark.parametrize("method", ["GraSP", "Gradient", "OBERT"])
+def test_padding_has_no_next_token(method: str) -> None:
+    model = causal("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    mask = torch.ones(2, 8, dtype=torch.long)
+    mask[1, 5:] = 0
+    with pytest.raises(GossamerError, match="windows with padding"):
+        gossamer.prune(model, method, "2:4", data=[{"input_ids": ids(2, 8), "attention_mask": mask}])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -65,6 +65,12 @@ def wanting_gradients(model: nn.Module, targets: Sequence[Target]) -> Iterator[d
 
 
 def each_window(batches: Sequence[Batch]) -> Iterator[Tensor]:
-    """Yield the token ids of every window, (1, seqlen)."""
+    """Yield the token ids of every window, (1, seqlen).
+
+    Raises:
+        GossamerError: windows are padded: what the model says of the padding is nobody's next token.
+    """
     for batch in batches:
+        if not bool(batch.get("attention_mask", torch.ones(1)).all()):
+            raise GossamerError("windows with padding have no next-token loss here: give windows of one length, without")
         yield from torch.split(batch["input_ids"], 1)

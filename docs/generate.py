@@ -1,6 +1,7 @@
 """Write the tables of README.md and docs/, of names from the package and of what was measured: python docs/generate.py"""
 
 import json
+import math
 import re
 import tomllib
 from collections.abc import Sequence
@@ -43,25 +44,38 @@ def table(kind: str) -> str:
 def measured() -> str:
     """Return a table for each pattern and sparsity, the best method first, of the rows in methods.json."""
     found = json.loads((ROOT / "docs" / "methods.json").read_text(encoding="utf-8"))
-    dense, groups = found["dense"], {}
+    said = dict.fromkeys(
+        f"calibrated on {part['samples']} windows, perplexity over {part['windows']}, one process on {part['machine']}"
+        for part in found["parts"].values()
+    )
+    dense = found["dense"]
+    tables = [f"### {title}\n\n{_group(rows, dense)}" for title, rows in _rows(found).items()]
+    return "\n".join([f"Dense: {dense['perplexity']:.2f}; {'; '.join(said)}.\n", *tables])
+
+
+def _rows(found: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Return all rows by the title of their table, each told `how` it differs from its method alone; the best first."""
+    groups: dict[str, list[dict[str, Any]]] = {}
     for part in found["parts"].values():
         for row in part["rows"]:
-            groups.setdefault((KINDS[row["pattern"].split("(")[0]], row["asked"]), []).append(row | {"pass": part["pass"]})
-    return "\n".join(_group(kind, asked, rows, dense) for (kind, asked), rows in groups.items())
+            kind = KINDS[row["pattern"].split("(")[0]]
+            title = kind if ":" in kind else f"{kind}, {row['asked']:.0%}".replace("%", " %")
+            how = [row["allocate"]] if row["allocate"] not in ("uniform", "None") else []
+            how += ["permuted"] if "permute=True" in row["pattern"] else []
+            groups.setdefault(title, []).append(row | {"pass": part["pass"], "how": ", ".join(how)})
+    return {title: sorted(rows, key=lambda row: row["perplexity"] or math.inf) for title, rows in groups.items()}
 
 
-def _group(kind: str, asked: float | None, rows: list[dict[str, Any]], dense: dict[str, Any]) -> str:
+def _group(rows: list[dict[str, Any]], dense: dict[str, Any]) -> str:
     tasks = list(dense["tasks"] or {})
     head = ["method", "how", "perplexity", "× dense", "spread", *tasks, "seconds", "passes", "peak memory", "decoding"]
     lines = []
-    for row in sorted(rows, key=lambda row: (row["perplexity"] is None, row["perplexity"])):
+    for row in rows:
         finite = row["perplexity"] is not None
-        how = [row["allocate"]] if row["allocate"] not in ("uniform", "None") else []
-        how += ["permuted"] if "permute=True" in row["pattern"] else []
         lines.append(
             [
                 f"`{row['method']}`",
-                ", ".join(how),
+                row["how"],
                 f"{row['perplexity']:,.2f}" if finite else "not finite",
                 f"{row['perplexity'] / dense['perplexity']:,.2f}" if finite else "",
                 f"{row['spread']:.2f} ({row['seeds']})" if row["spread"] is not None else "",
@@ -72,14 +86,34 @@ def _group(kind: str, asked: float | None, rows: list[dict[str, Any]], dense: di
                 f"{row['speed']:.2f}x" if row["speed"] else "",
             ]
         )
-    title = kind if asked is None else f"{kind}, {asked:.0%}".replace("%", " %")
-    return f"### {title}\n\n{_lines(head, lines)}"
+    return _lines(head, lines)
+
+
+def orderings() -> str:
+    """Return which orderings that are claimed hold here, of claims.toml and methods.json."""
+    wanted = tomllib.loads((ROOT / "docs" / "claims.toml").read_text(encoding="utf-8"))["orderings"]
+    tables = _rows(json.loads((ROOT / "docs" / "methods.json").read_text(encoding="utf-8")))
+    rows = []
+    for one in wanted:
+        pair = [
+            next((row["perplexity"] for row in tables.get(one["at"], []) if _name(row) == name), None)
+            for name in (one["below"], one["above"])
+        ]
+        here, holds = "not measured", ""
+        if None not in pair:
+            here, holds = f"{pair[0]:,.2f} and {pair[1]:,.2f}", "yes" if pair[0] < pair[1] else "**no**"
+        rows.append([f"`{one['below']}` below `{one['above']}`", one["at"], one["source"], here, holds])
+    return _lines(["claim", "at", "whose", "here", "holds"], rows)
+
+
+def _name(row: dict[str, Any]) -> str:
+    return ", ".join(filter(None, [row["method"], row["how"]]))
 
 
 def claims() -> str:
     """Return what each method costs, what its paper claims, and what is seen here, of claims.toml."""
     found = tomllib.loads((ROOT / "docs" / "claims.toml").read_text(encoding="utf-8"))
-    rows = [[f"`{name}`", one["cost"], one["claim"], one.get("here", "")] for name, one in found.items()]
+    rows = [[f"`{name}`", one["cost"], one["claim"], one.get("here", "")] for name, one in found["methods"].items()]
     return _lines(["method", "cost", "the paper's claim", "here"], rows)
 
 
@@ -92,7 +126,7 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|") or "–"
 
 
-OTHERS = {"names": names, "measured": measured, "claims": claims}
+OTHERS = {"names": names, "measured": measured, "claims": claims, "orderings": orderings}
 
 if __name__ == "__main__":
     for page in PAGES:

@@ -12,7 +12,7 @@ from gossamer.core.pattern import Unstructured
 from gossamer.core.score import Score
 from gossamer.core.spec import names_in
 from gossamer.core.stats import INPUTS, Stats
-from gossamer.scores import RIA, Gradient, GraSP, Magnitude, NoWagP, Random, Sampled, SynFlow, Wanda
+from gossamer.scores import RIA, Fisher, Gradient, GraSP, Magnitude, NoWagP, Random, Sampled, SynFlow, Wanda
 
 W = torch.tensor([[1.0, -2.0, 0.0], [-3.0, 0.5, 4.0]])
 X = torch.tensor([[3.0, 0.0, 1.0], [4.0, 0.0, -2.0], [0.0, 0.0, 2.0]])  # norms 5, 0, 3
@@ -23,6 +23,7 @@ def stats_of(x: Tensor = X, grad: Tensor | None = G, **kwargs: bool) -> Stats:
     stats = Stats(x.shape[-1], **kwargs)
     stats.add(x)
     stats.grad = grad
+    stats.grads = None if grad is None else torch.stack([grad, 3 * grad])
     stats.hessian_grad = stats.synflow = None if grad is None else grad.abs()
     return stats
 
@@ -43,6 +44,7 @@ def made(name: str) -> Score:
             NoWagP(),
             [[25 * 0.1 / (0.1 + 4 / 4.25), 0.0, 0.0], [25 * 0.9 / (1.9 + 0.25 / 4.25), 0.0, 9 / (1.9 + 0.25 / 4.25)]],
         ),
+        (Fisher(), [[0.625, 10.0, 0.0], [90.0, 0.0, 2.5]]),  # of windows whose gradients are G and 3 G: ½ · 5 · (W G)²
         (Gradient(), [[0.5, 2.0, 0.0], [6.0, 0.0, 1.0]]),
         (GraSP(), [[0.5, -2.0, 0.0], [-6.0, 0.0, 1.0]]),  # Hg here is |G|: a negative score is a weight better gone
         (SynFlow(), [[0.5, 2.0, 0.0], [6.0, 0.0, 1.0]]),

@@ -1,5 +1,6 @@
 """One file a published score; importing it here is what makes it known everywhere."""
 
+from gossamer.scores.fisher import Fisher
 from gossamer.scores.gradient import Gradient
 from gossamer.scores.grasp import GraSP
 from gossamer.scores.magnitude import Magnitude
@@ -10,4 +11,4 @@ from gossamer.scores.sampled import Sampled
 from gossamer.scores.synflow import SynFlow
 from gossamer.scores.wanda import Wanda
 
-__all__ = ["RIA", "GraSP", "Gradient", "Magnitude", "NoWagP", "Random", "Sampled", "SynFlow", "Wanda"]
+__all__ = ["RIA", "Fisher", "GraSP", "Gradient", "Magnitude", "NoWagP", "Random", "Sampled", "SynFlow", "Wanda"]

@@ -1,0 +1,30 @@
+"""Fisher: ½ w²·F, the second-order change of the loss, each weight on its own."""
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from gossamer.core.score import Score
+from gossamer.core.spec import spec
+from gossamer.core.stats import Stats
+
+
+@spec
+class Fisher(Score):
+    """S = ½ w²·1/N Σ_n (∂L_n/∂w)², L_n a window's next-token loss (Theis et al., 2018, arXiv:1801.05787).
+
+    Optimal Brain Damage (LeCun et al., 1990) with the diagonal of the empirical Fisher matrix for the Hessian's. `OBERT` takes
+    weights a group at a time, and moves those that stay.
+
+    >>> import torch
+    >>> stats = Stats(2)
+    >>> stats.grads = torch.tensor([[[1.0, 0.0]], [[3.0, 2.0]]])  # of two windows
+    >>> Fisher()(torch.tensor([[2.0, 1.0]]), stats)
+    tensor([[10.,  1.]])
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"grads"})
+
+    def __call__(self, x: Tensor, stats: Stats) -> Tensor:
+        assert stats.grads is not None
+        return x.float().square() * stats.grads.float().square().mean(0) / 2

@@ -3,16 +3,18 @@
     python benchmarks/methods.py --calibration valid.txt --evaluation test.txt
 
 Beside every method by its name alone, the settings that the page compares: methods around others, allocations, permuted 2:4,
-groups with 4-bit values. Goes on where it stopped; `--only` runs
-some of it.
+groups with 4-bit values. Goes on where it stopped; `--only` and `--methods` run some of it, also side by side with others, each
+with an --out of its own.
 """
 
 import argparse
+import fcntl
 import json
 from pathlib import Path
 from typing import Any
 
 from gossamer.compare import compare
+from gossamer.core.atomic import write_text
 from gossamer.models import resolve
 from gossamer.ranking import rows_of
 
@@ -46,7 +48,7 @@ def main() -> None:
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--device")
     parser.add_argument("--only", help=f"some of {', '.join(PARTS)}, separated by commas")
-    parser.add_argument("--methods", default="all", help="which ones, where all are meant")
+    parser.add_argument("--methods", help="which ones, in the place of a part's own")
     parser.add_argument("--out", type=Path, default=Path("compared"))
     parser.add_argument("--json", type=Path, default=Path(__file__).parents[1] / "docs" / "methods.json")
     args = parser.parse_args()
@@ -57,7 +59,7 @@ def main() -> None:
         try:
             compare(
                 source,
-                (args.methods if methods == "all" else methods).split(";"),
+                (args.methods or methods).split(";"),
                 patterns.split(";"),
                 sparsities,
                 args.out,
@@ -81,23 +83,28 @@ def main() -> None:
 
 
 def keep(path: Path, name: str, samples: int, document: dict[str, Any]) -> None:
-    """Put one part's rows into the file, in the place of those it has."""
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"parts": {}}
-    dense, machine = document["dense"], document["environment"]
-    rows = [
-        {key: row[key] for key in KEPT} | {"speed": (row["speed"] or {}).get("ratio")}
-        for row in rows_of(document)
-        if row["evaluated"]
-    ]
-    found["model"], found["dense"] = document["model"]["name"], {"perplexity": dense["perplexity"], "tasks": dense.get("tasks")}
-    found["parts"][name] = {
-        "machine": machine["accelerator"] or f"{machine['threads']} CPU core" + "s" * (machine["threads"] > 1),
-        "samples": samples,
-        "windows": dense["windows"],
-        "pass": dense["seconds"] / dense["windows"] * samples,  # seconds of a forward pass over the calibration windows
-        "rows": rows,
-    }
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    """Put rows of one part into the file, in the place of those it has, of which the others stay where they were made alike."""
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"parts": {}}
+        dense, machine = document["dense"], document["environment"]
+        on = machine["accelerator"] or f"{machine['threads']} CPU core" + "s" * (machine["threads"] > 1)
+        # A GPU's pass is so short that seconds in passes would say nothing.
+        one = None if machine["accelerator"] else dense["seconds"] / dense["windows"] * samples
+        made = {"machine": on, "samples": samples, "windows": dense["windows"]}
+        rows = [
+            {key: row[key] for key in KEPT} | {"speed": (row["speed"] or {}).get("ratio"), "pass": one}
+            for row in rows_of(document)
+            if row["evaluated"]
+        ]
+        before = found["parts"].get(name, {})
+        if all(before.get(key) == value for key, value in made.items()):
+            new = {tuple(row[key] for key in KEPT[:4]) for row in rows}
+            rows += [row for row in before["rows"] if tuple(row[key] for key in KEPT[:4]) not in new]
+        told = dense.get("tasks") or (found.get("dense") or {}).get("tasks")
+        found["model"], found["dense"] = document["model"]["name"], {"perplexity": dense["perplexity"], "tasks": told}
+        found["parts"][name] = {**made, "rows": rows}
+        write_text(path, json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

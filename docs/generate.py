@@ -62,7 +62,7 @@ def _rows(found: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
             title = kind if ":" in kind else f"{kind}, {row['asked']:.0%}".replace("%", " %")
             how = [row["allocate"]] if row["allocate"] not in ("uniform", "None") else []
             how += ["permuted"] if "permute=True" in row["pattern"] else []
-            groups.setdefault(title, []).append(row | {"pass": part["pass"], "how": ", ".join(how)})
+            groups.setdefault(title, []).append(row | {"how": ", ".join(how)})
     return {title: sorted(rows, key=lambda row: row["perplexity"] or math.inf) for title, rows in groups.items()}
 
 
@@ -81,7 +81,7 @@ def _group(rows: list[dict[str, Any]], dense: dict[str, Any]) -> str:
                 f"{row['spread']:.2f} ({row['seeds']})" if row["spread"] is not None else "",
                 *(f"{row['tasks'][task]:.1%}" if task in row["tasks"] else "" for task in tasks),
                 f"{row['seconds']:.0f}",
-                f"{row['seconds'] / row['pass']:.1f}",
+                f"{row['seconds'] / row['pass']:.1f}" if row["pass"] else "",
                 f"{row['peak_bytes'] / 1e9:.2f} GB",
                 f"{row['speed']:.2f}x" if row["speed"] else "",
             ]

@@ -128,8 +128,11 @@ def test_what_was_measured_is_ranked_in_a_table_for_each_pattern(
             "allocate": "owl",
         },
     ]
-    how = {"pass": 10.0, "samples": 8, "windows": 4, "machine": "2 CPU cores"}
-    found = {"dense": {"perplexity": 20.0, "tasks": {"arc": {"acc": 0.6}}}, "parts": {"x": {**how, "rows": rows}}}
+    how = {"samples": 8, "windows": 4, "machine": "2 CPU cores"}
+    found = {
+        "dense": {"perplexity": 20.0, "tasks": {"arc": {"acc": 0.6}}},
+        "parts": {"x": {**how, "rows": [{"pass": 10.0} | row for row in rows]}},
+    }
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "methods.json").write_text(json.dumps(found))
     monkeypatch.setitem(generate["measured"].__globals__, "ROOT", tmp_path)

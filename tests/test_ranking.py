@@ -58,7 +58,8 @@ def test_places_are_those_within_a_pattern_and_a_sparsity() -> None:
     assert [row["perplexity"] for row in rows_of({"runs": runs})] == [5.0, 9.0, 8.0, 4.0, 7.0], "in their own order"
 
 
-def test_accuracies_are_averaged_where_every_seed_has_them() -> None:
+def test_accuracies_are_averaged_over_the_seeds_that_have_them() -> None:
     runs = [run("A", 1.0, tasks={"piqa": {"acc": 0.5}, "arc": {"acc": 0.2}}), run("A", 1.0, tasks={"piqa": {"acc": 0.7}})]
     assert ranked({"runs": runs})[0]["tasks"] == {"piqa": 0.6}
+    assert ranked({"runs": [*runs, run("A", 2.0)]})[0]["tasks"] == {"piqa": 0.6}
     assert ranked({"runs": [run("A", 1.0, peak=7), run("A", 1.0, peak=6)]})[0]["peak_bytes"] == 7

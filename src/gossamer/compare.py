@@ -75,7 +75,8 @@ def compare(
         alone: jobs that are also run on some targets alone, by name or glob; the document's "layers" says what that does.
         speed: pack each pruned model too where that pays here, and time its decoding beside the dense model's.
         seeds: run each so many times, with the seeds ``seed``, ``seed + 1`` ... for its windows; what reads no data runs once.
-        tasks, tasks_dir, limit: lm-eval's tasks, as in `gossamer.evaluate.tasks`: every model answers these too.
+        tasks, tasks_dir, limit: lm-eval's tasks, as in `gossamer.evaluate.tasks`: the dense model answers these too, and every
+            pruned one of the first seed.
         others: as in `gossamer.prune`.
 
     Returns:
@@ -117,9 +118,9 @@ def compare(
     identity = _identity(source, windows_of, [data, seqlen, samples, sample, seed, targets])
     runs_folder = folder / "runs"
 
-    def score(model: Any, what: str) -> dict[str, Any]:
+    def score(model: Any, what: str, answers: bool = True) -> dict[str, Any]:
         found = {**perplexity(model, ids, device=device, progress=shown(what, progress)), "data": evaluation}
-        if tasks is not None:
+        if tasks is not None and answers:
             say(f"{what}: {tasks}")
             found["tasks"] = measured_tasks(model, tasks, tasks_dir, tokenizer=tokens, limit=limit, device=device)
         return found
@@ -142,7 +143,7 @@ def compare(
         say("dense")
         return {"model": describe(model, name or str(source)), **score(model, "dense"), "peak_bytes": peak_bytes()}
 
-    def pruned(job: Job, label: str, saved: Path | None, targets: str | None, speed: bool, seed: int) -> dict[str, Any]:
+    def pruned(job: Job, label: str, saved: Path | None, targets: str | None, speed: bool, turn: int) -> dict[str, Any]:
         say(label)
         model = causal_lm(source)
         report = prune(
@@ -156,14 +157,14 @@ def compare(
             seqlen=seqlen,
             samples=samples,
             sample=sample,
-            seed=seed,
+            seed=seed + turn,
             targets=targets,
             device=device,
             progress=progress,
         )
         report.model["name"] = name or str(source)
         report.recipe["command"] = command_of(name or str(source), report.recipe, "pruned")
-        report.evaluation = score(model, label)
+        report.evaluation = score(model, label, answers=not turn)
         if saved is not None:
             started = time.perf_counter()
             save(model, saved, report=report, tokenizer=tokens, force=True)
@@ -190,12 +191,13 @@ def compare(
         label = " ".join(filter(None, [show_method(job.solver), str(job.pattern), _at(job), again]))
         saved = folder / "models" / _slug(label) if keep_models else None
         timed = speed and not turn and not job.factorizes  # whose products are run as they are: there is nothing to pack
-        run = partial(pruned, job, label, saved, targets, timed, seed + turn)
-        document["runs"].append(once(label, run, show(job.allocation) + (" timed" if timed else "") + answered, saved))
+        run = partial(pruned, job, label, saved, targets, timed, turn)
+        how = show(job.allocation) + (" timed" if timed else "") + ("" if turn else answered)
+        document["runs"].append(once(label, run, how, saved))
         write_text(folder / "compare.json", json.dumps(document, indent=1) + "\n")
     for job, only in alone:
         label = " ".join(filter(None, [show_method(job.solver), str(job.pattern), _at(job), "in", only, "alone"]))
-        found = once(label, partial(pruned, job, label, None, only, False, seed), show(job.allocation) + answered)
+        found = once(label, partial(pruned, job, label, None, only, False, 0), show(job.allocation) + answered)
         where = {"block": found["weights"][0]["block"], **{key: found["recipe"][key] for key in ("method", "pattern")}}
         reached = {"sparsity": found["totals"]["sparsity"], "perplexity": found["evaluation"]["perplexity"]}
         document.setdefault("layers", []).append({"targets": only, **where, **reached})

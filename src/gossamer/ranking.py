@@ -18,8 +18,8 @@ def ranked(document: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     Returns:
         rows of place (1 is best), method, pattern, allocate, asked and sparsity, perplexity, spread, seeds, seconds,
-        peak_bytes, tasks (the mean of each task's accuracy), speed (of the run that was timed), evaluated, bytes_dense and
-        bytes_bitmask.
+        peak_bytes, tasks (each task's mean accuracy over the runs that answered it), speed (of the run that was timed),
+        evaluated, bytes_dense and bytes_bitmask.
 
     >>> run = {"recipe": {"method": "Wanda", "pattern": "2:4"}, "totals": {"sparsity": 0.5}, "seconds": {"total": 1.0}}
     >>> [row] = ranked({"runs": [run | {"evaluation": {"perplexity": p}} for p in (30.0, 32.0)]})
@@ -73,7 +73,7 @@ def _row(key: tuple[Any, ...], runs: list[Any]) -> dict[str, Any]:
 
 
 def _tasks(runs: list[Any]) -> dict[str, float]:
-    """Average each task's accuracy, where all runs answered it."""
-    given = [(run["evaluation"] or {}).get("tasks") or {} for run in runs]
-    names = [name for name in given[0] if all("acc" in one.get(name, {}) for one in given)]
+    """Average each task's accuracy over the runs that answered tasks."""
+    given = [answers for run in runs if (answers := (run["evaluation"] or {}).get("tasks"))]
+    names = [name for name in given[0] if all("acc" in one.get(name, {}) for one in given)] if given else []
     return {name: statistics.fmean(one[name]["acc"] for one in given) for name in names}

@@ -12,7 +12,7 @@ from gossamer.core.pattern import NM, Pattern, Unstructured
 from gossamer.core.solver import Solver
 from gossamer.core.spec import spec
 from gossamer.core.stats import Stats
-from gossamer.core.sweep import sweep
+from gossamer.kernels.sweep import sweep
 
 NEWTON = 2  # steps for an entry of z that no formula gives
 

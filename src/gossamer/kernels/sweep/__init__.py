@@ -3,12 +3,20 @@
 import torch
 from torch import Tensor
 
-from gossamer.core.pattern import NM, Pattern, kept
+from gossamer.core.errors import GossamerError
+from gossamer.core.pattern import NM, Pattern, kept, not_finite
 from gossamer.core.stats import Stats
+from gossamer.kernels._choice import has_triton
+from gossamer.kernels.sweep import reference
+
+KERNELS = ("triton", "reference")
+WIDEST = 256  # columns that the GPU's kernel holds in registers at a time
 
 
 @torch.no_grad()
-def sweep(w: Tensor, stats: Stats, pattern: Pattern, sparsity: float | None, damp: float, block: int) -> tuple[Tensor, Tensor]:
+def sweep(
+    w: Tensor, stats: Stats, pattern: Pattern, sparsity: float | None, damp: float, block: int, kernel: str = "auto"
+) -> tuple[Tensor, Tensor]:
     """Return the weight pruned under a pattern by the inverse Hessian of its inputs, and the mask; see `SparseGPT`.
 
     Args:
@@ -17,6 +25,7 @@ def sweep(w: Tensor, stats: Stats, pattern: Pattern, sparsity: float | None, dam
         pattern: `Unstructured` or `NM`.
         damp: a fraction of the Hessian's mean diagonal.
         block: how many columns choose their mask together.
+        kernel: who goes through the columns of a block: "triton" on a GPU, "reference" anywhere; "auto" chooses.
     """
     upper, dead, _ = stats.inverse_factor(damp)
     rows, columns = w.shape
@@ -25,32 +34,32 @@ def sweep(w: Tensor, stats: Stats, pattern: Pattern, sparsity: float | None, dam
     wt = w.float().T.clone(memory_format=torch.contiguous_format)  # (in, out): a column of W is one contiguous row
     wt[dead] = 0
     mask = torch.ones_like(wt, dtype=torch.bool)
-    step = max(block // pattern.m, 1) * pattern.m if isinstance(pattern, NM) else block
+    group = (pattern.n, pattern.m) if isinstance(pattern, NM) else None
+    step = max(block // group[1], 1) * group[1] if group else block
+    columnwise = _implementation(kernel, w, step)
     for start in range(0, columns, step):
         stop = min(start + step, columns)
         u = upper[start:stop, start:stop]
         tile, keep = wt[start:stop], mask[start:stop]
-        dropped = torch.zeros_like(tile)  # 1 / U_jj where an entry goes, 0 where it stays: w times this is its error
-        error = torch.empty_like(tile)
-        if not isinstance(pattern, NM):
+        if group is None:
             # Each block's share of the exact total: what is due up to its end less what was due up to its start.
             units = rows if getattr(pattern, "per", None) != "row" else 1
             assert sparsity is not None
             due = kept(sparsity, units * stop) - kept(sparsity, units * start)
-            keep[:] = _select(tile, u, pattern, 1 - due / (units * (stop - start))) if due else False
-            torch.div(~keep, u.diagonal()[:, None], out=dropped)
-        for j, (w_j, error_j, dropped_j) in enumerate(zip(tile.unbind(), error.unbind(), dropped.unbind(), strict=True)):
-            if isinstance(pattern, NM) and j % pattern.m == 0:  # a group is chosen once the sweep has reached it
-                group = slice(j, j + pattern.m)
-                keep[group] = _select(tile[group], u[group, group], pattern, None)
-                torch.div(~keep[group], u.diagonal()[group, None], out=dropped[group])
-            torch.mul(w_j, dropped_j, out=error_j)
-            tile[j + 1 :].addr_(u[j, j + 1 :], error_j, alpha=-1)
+            saliency = (tile / u.diagonal()[:, None]).square_().T
+            keep[:] = pattern.select(saliency, 1 - due / (units * (stop - start))).T if due else False
+        error = columnwise(tile, keep, u, group)
         wt[stop:].addmm_(upper[start:stop, stop:].T, error, alpha=-1)
+    if bad := not_finite(wt):
+        raise GossamerError(f"{bad} of {wt.numel()} weights became NaN or infinite in the sweep over the columns")
     return wt.T.masked_fill(~mask.T, 0).to(w.dtype).contiguous(), mask.T.contiguous()
 
 
-def _select(tile: Tensor, u: Tensor, pattern: Pattern, sparsity: float | None) -> Tensor:
-    """Choose the mask of some columns, (columns, out), by their saliency w² / U_jj²."""
-    saliency = (tile / u.diagonal()[:, None]).square_()
-    return pattern.select(saliency.T, sparsity).T
+def _implementation(kernel: str, w: Tensor, step: int) -> reference.Columnwise:
+    if kernel == "auto":
+        kernel = "triton" if w.is_cuda and has_triton() and step <= WIDEST else "reference"
+    if kernel == "triton":
+        from gossamer.kernels.sweep import triton
+
+        return triton.columnwise
+    return reference.columnwise

@@ -1,0 +1,85 @@
+"""Pruning and what repairs it without labels, one after the other: rows of `docs/methods.md` beside those of methods.py.
+
+    python benchmarks/stages.py --calibration valid.txt --evaluation test.txt
+
+Block-wise reconstruction after SparseGPT and after Wanda; GQSA with its two stages, `Reconstruct` on the grid and `OQP`.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from methods import keep
+
+import gossamer
+from gossamer.core.report import environment
+from gossamer.data import evaluation
+from gossamer.evaluate import perplexity, tasks
+from gossamer.models import causal_lm, resolve, tokenizer
+
+# method, pattern, sparsity, options of the reconstruction, steps of OQP after it
+STAGES: list[tuple[str, str, float | None, dict[str, Any], int]] = [
+    *((method, "2:4", None, {}, 0) for method in ("SparseGPT", "Wanda")),
+    *(("SparseGPT", "Unstructured", sparsity, {}, 0) for sparsity in (0.5, 0.7)),
+    ("GQSA(bits=None)", "Block(1, 16)", 0.5, {"bits": 4, "group": 16}, 200),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--calibration", default="builtin")
+    parser.add_argument("--evaluation", default="builtin")
+    parser.add_argument("--windows", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=32, help="calibration windows of the pruning")
+    parser.add_argument("--refit", type=int, default=128, help="windows of the reconstruction")
+    parser.add_argument("--tasks")
+    parser.add_argument("--tasks-dir", type=Path)
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--device")
+    parser.add_argument("--json", type=Path, default=Path(__file__).parents[1] / "docs" / "methods.json")
+    args = parser.parse_args()
+    source = resolve(args.model)
+    tokens = tokenizer(source)
+    ids = evaluation(args.evaluation, tokens, first=args.windows)
+    teacher = causal_lm(source).to(args.device or "cpu")
+    dense = perplexity(teacher, ids)
+    document: dict[str, Any] = {"model": {"name": args.model}, "environment": environment(), "dense": dense, "runs": []}
+    for method, pattern, sparsity, options, steps in STAGES:
+        if args.device:
+            torch.cuda.reset_peak_memory_stats()
+        model, started = causal_lm(source), time.perf_counter()
+        text = {"data": args.calibration, "tokenizer": tokens, "device": args.device, "progress": False}
+        pruned = gossamer.prune(model, method, pattern, sparsity=sparsity, samples=args.samples, **text)
+        report = gossamer.reconstruct(model, teacher, samples=args.refit, **options, **text).to_json()
+        name = f"{method} → Reconstruct"
+        if steps:
+            model, name = tuned(model, tokens, args, steps), f"{name} → OQP"
+        report["seconds"]["total"] = time.perf_counter() - started
+        report["recipe"] |= {"method": name, "pruned_by": None, "pattern": pattern, "sparsity": sparsity}
+        report["recipe"]["allocate"] = pruned.recipe.get("allocate")
+        if args.device:
+            report["peak_bytes"] = {"allocated": torch.cuda.max_memory_allocated()}
+        found = report["evaluation"] = perplexity(model, ids)
+        if args.tasks:
+            answers = tasks(model, args.tasks, args.tasks_dir, tokenizer=tokens, limit=args.limit, device=args.device)
+            found["tasks"] = answers
+        print(f"{name} {pattern} {sparsity or ''}: {found['perplexity']:.2f}, {report['seconds']['total']:.0f} s", flush=True)
+        document["runs"].append(report)
+        keep(args.json, "stages", args.samples, document)
+
+
+def tuned(model: Any, tokens: Any, args: argparse.Namespace, steps: int) -> Any:
+    """Return the model after so many steps of OQP."""
+    with tempfile.TemporaryDirectory() as folder:
+        before, after = Path(folder) / "before", Path(folder) / "after"
+        gossamer.save(model, before, tokenizer=tokens)
+        gossamer.recover(before, after, "OQP", data=args.calibration, steps=steps, device=args.device, progress=False)
+        return causal_lm(after).to(args.device or "cpu")
+
+
+if __name__ == "__main__":
+    main()

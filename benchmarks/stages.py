@@ -57,7 +57,7 @@ def main() -> None:
         report = gossamer.reconstruct(model, teacher, samples=args.refit, **options, **text).to_json()
         name = f"{method} → Reconstruct"
         if steps:
-            model, name = tuned(model, tokens, args, steps), f"{name} → OQP"
+            model, name = tuned(model, source, tokens, args, steps), f"{name} → OQP"
         report["seconds"]["total"] = time.perf_counter() - started
         report["recipe"] |= {"method": name, "pruned_by": None, "pattern": pattern, "sparsity": sparsity}
         report["recipe"]["allocate"] = pruned.recipe.get("allocate")
@@ -72,12 +72,13 @@ def main() -> None:
         keep(args.json, "stages", args.samples, document)
 
 
-def tuned(model: Any, tokens: Any, args: argparse.Namespace, steps: int) -> Any:
+def tuned(model: Any, teacher: Path, tokens: Any, args: argparse.Namespace, steps: int) -> Any:
     """Return the model after so many steps of OQP."""
+    how = {"data": args.calibration, "steps": steps, "teacher": teacher, "device": args.device, "progress": False}
     with tempfile.TemporaryDirectory() as folder:
         before, after = Path(folder) / "before", Path(folder) / "after"
         gossamer.save(model, before, tokenizer=tokens)
-        gossamer.recover(before, after, "OQP", data=args.calibration, steps=steps, device=args.device, progress=False)
+        gossamer.recover(before, after, "OQP", **how)
         return causal_lm(after).to(args.device or "cpu")
 
 

@@ -27,7 +27,7 @@ PARTS: dict[str, tuple[str, str, list[float], str]] = {
     "owl": ("Wanda;SparseGPT", "Unstructured", [0.7], "owl"),
     "ecoflap": ("Wanda;SparseGPT", "Unstructured", [0.7], "ecoflap"),
     "searched": ("SparseGPT", "Unstructured", [0.7], "searched"),
-    "global": ("Magnitude", "Unstructured", [0.5, 0.7], "global_(least=0.2)"),
+    "global": ("Magnitude", "Unstructured", [0.5, 0.7], "global_(floor=0.2)"),
     "groups": ("Magnitude;Wanda;ALPS;GQSA", "Block(1, 16)", [0.5], "uniform"),
     "around": ("Asymmetric(SparseGPT());Asymmetric(ALPS());DSnoT(SparseGPT())", "Unstructured;2:4", [0.5, 0.7], "uniform"),
 }
@@ -91,9 +91,9 @@ def keep(path: Path, name: str, samples: int, document: dict[str, Any]) -> None:
         on = machine["accelerator"] or f"{machine['threads']} CPU core" + "s" * (machine["threads"] > 1)
         # A GPU's pass is so short that seconds in passes would say nothing.
         one = None if machine["accelerator"] else dense["seconds"] / dense["windows"] * samples
-        made = {"machine": on, "samples": samples, "windows": dense["windows"]}
+        made = {"samples": samples, "windows": dense["windows"]}
         rows = [
-            {key: row[key] for key in KEPT} | {"speed": (row["speed"] or {}).get("ratio"), "pass": one}
+            {key: row[key] for key in KEPT} | {"speed": (row["speed"] or {}).get("ratio"), "pass": one, "machine": on}
             for row in rows_of(document)
             if row["evaluated"]
         ]

@@ -24,7 +24,7 @@ from gossamer.models import causal_lm, resolve, tokenizer
 STAGES: list[tuple[str, str, float | None, dict[str, Any], int]] = [
     *((method, "2:4", None, {}, 0) for method in ("SparseGPT", "Wanda")),
     *(("SparseGPT", "Unstructured", sparsity, {}, 0) for sparsity in (0.5, 0.7)),
-    ("GQSA(bits=None)", "Block(1, 16)", 0.5, {"bits": 4, "group": 16}, 200),
+    ("GQSA(bits=None)", "1x16", 0.5, {"bits": 4, "group": 16}, 200),
 ]
 
 

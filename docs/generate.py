@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- /generated -->)", re.DOTALL)
 SOURCE = re.compile(r" *\(([^()]*\b(?:19|20)\d\d\b[^()]*)\)")  # (authors, year, arXiv)
-KINDS = {"Unstructured": "Unstructured", "2:4": "2:4", "NM": "2:4", "Block": "Groups of 16"}
+KINDS = {"Unstructured": "Unstructured", "2:4": "2:4", "NM": "2:4", "Block": "Groups of 16", "1x16": "Groups of 16"}
 ARXIV = re.compile(r"arXiv:(\d{4}\.\d{5})")
 
 
@@ -45,12 +45,14 @@ def measured() -> str:
     """Return a table for each pattern and sparsity, the best method first, of the rows in methods.json."""
     found = json.loads((ROOT / "docs" / "methods.json").read_text(encoding="utf-8"))
     said = dict.fromkeys(
-        f"calibrated on {part['samples']} windows, perplexity over {part['windows']}, one process on {part['machine']}"
+        f"calibrated on {part['samples']} windows, perplexity over {part['windows']}, on {row['machine']}"
         for part in found["parts"].values()
+        for row in part["rows"]
     )
     dense = found["dense"]
+    answers = "".join(f", {task.removesuffix('_local')} {one['acc']:.1%}" for task, one in (dense["tasks"] or {}).items())
     tables = [f"### {title}\n\n{_group(rows, dense)}" for title, rows in _rows(found).items()]
-    return "\n".join([f"Dense: {dense['perplexity']:.2f}; {'; '.join(said)}.\n", *tables])
+    return "\n".join([f"Dense: {dense['perplexity']:.2f}{answers}; {'; '.join(said)}.\n", *tables])
 
 
 def _rows(found: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -68,7 +70,8 @@ def _rows(found: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 def _group(rows: list[dict[str, Any]], dense: dict[str, Any]) -> str:
     tasks = list(dense["tasks"] or {})
-    head = ["method", "how", "perplexity", "× dense", "spread", *tasks, "seconds", "passes", "peak memory", "decoding"]
+    named = [task.removesuffix("_local") for task in tasks]
+    head = ["method", "how", "perplexity", "× dense", "spread", *named, "seconds", "passes", "peak memory", "decoding"]
     lines = []
     for row in rows:
         finite = row["perplexity"] is not None

@@ -128,16 +128,16 @@ def test_what_was_measured_is_ranked_in_a_table_for_each_pattern(
             "allocate": "owl",
         },
     ]
-    how = {"samples": 8, "windows": 4, "machine": "2 CPU cores"}
+    how = {"samples": 8, "windows": 4}
     found = {
         "dense": {"perplexity": 20.0, "tasks": {"arc": {"acc": 0.6}}},
-        "parts": {"x": {**how, "rows": [{"pass": 10.0} | row for row in rows]}},
+        "parts": {"x": {**how, "rows": [{"pass": 10.0, "machine": "2 CPU cores"} | row for row in rows]}},
     }
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "methods.json").write_text(json.dumps(found))
     monkeypatch.setitem(generate["measured"].__globals__, "ROOT", tmp_path)
     lines = generate["measured"]().splitlines()
-    assert lines[0] == "Dense: 20.00; calibrated on 8 windows, perplexity over 4, one process on 2 CPU cores."
+    assert lines[0] == "Dense: 20.00, arc 60.0%; calibrated on 8 windows, perplexity over 4, on 2 CPU cores."
     assert [line for line in lines if line.startswith("#")] == ["### 2:4", "### Unstructured, 70 %"]
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| `")]
     assert [row[0] for row in cells] == ["`C`", "`B`", "`A`", "`D`"]

@@ -146,6 +146,8 @@ def compare(
     def pruned(job: Job, label: str, saved: Path | None, targets: str | None, speed: bool, turn: int) -> dict[str, Any]:
         say(label)
         model = causal_lm(source)
+        if device is not None:  # as a whole, as when it is evaluated: gradients are taken where the model is
+            model.to(device)
         report = prune(
             model,
             job.solver,

@@ -61,7 +61,7 @@ def prune(
         tokenizer: for text; by default the one saved with the model.
         seqlen, samples, sample, seed: how windows are cut and drawn from text (see `gossamer.data`).
         targets: which weights, by name or glob ("*.mlp.*"); by default every linear inside the blocks.
-        device: where blocks are worked on, one at a time; by default where the model is.
+        device: where blocks are worked on, one at a time; by default where the model is, which is where gradients are taken.
         lanes: groups of windows that go through a block in lockstep; more use less memory.
         progress: show a bar; by default only on a terminal.
 

@@ -20,11 +20,11 @@ from gossamer.data import evaluation
 from gossamer.evaluate import perplexity, tasks
 from gossamer.models import causal_lm, resolve, tokenizer
 
-# method, pattern, sparsity, options of the reconstruction, steps of OQP after it
-STAGES: list[tuple[str, str, float | None, dict[str, Any], int]] = [
-    *((method, "2:4", None, {}, 0) for method in ("SparseGPT", "Wanda")),
-    *(("SparseGPT", "Unstructured", sparsity, {}, 0) for sparsity in (0.5, 0.7)),
-    ("GQSA(bits=None)", "1x16", 0.5, {"bits": 4, "group": 16}, 200),
+# method, pattern, sparsity, options of the reconstruction
+STAGES: list[tuple[str, str, float | None, dict[str, Any]]] = [
+    *((method, "2:4", None, {}) for method in ("SparseGPT", "Wanda")),
+    *(("SparseGPT", "Unstructured", sparsity, {}) for sparsity in (0.5, 0.7)),
+    ("GQSA(bits=None)", "1x16", 0.5, {"bits": 4, "group": 16}),  # and OQP after it
 ]
 
 
@@ -36,6 +36,8 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--samples", type=int, default=32, help="calibration windows of the pruning")
     parser.add_argument("--refit", type=int, default=128, help="windows of the reconstruction")
+    parser.add_argument("--steps", type=int, default=200, help="of OQP, with 4 windows each; 0 leaves it out")
+    parser.add_argument("--only", help="one of the methods that begin")
     parser.add_argument("--tasks")
     parser.add_argument("--tasks-dir", type=Path)
     parser.add_argument("--limit", type=int)
@@ -48,7 +50,7 @@ def main() -> None:
     teacher = causal_lm(source).to(args.device or "cpu")
     dense = perplexity(teacher, ids)
     document: dict[str, Any] = {"model": {"name": args.model}, "environment": environment(), "dense": dense, "runs": []}
-    for method, pattern, sparsity, options, steps in STAGES:
+    for method, pattern, sparsity, options in (stage for stage in STAGES if args.only in (None, stage[0])):
         if args.device:
             torch.cuda.reset_peak_memory_stats()
         model, started = causal_lm(source), time.perf_counter()
@@ -56,8 +58,8 @@ def main() -> None:
         pruned = gossamer.prune(model, method, pattern, sparsity=sparsity, samples=args.samples, **text)
         report = gossamer.reconstruct(model, teacher, samples=args.refit, **options, **text).to_json()
         name = f"{method} → Reconstruct"
-        if steps:
-            model, name = tuned(model, source, tokens, args, steps), f"{name} → OQP"
+        if options and args.steps:
+            model, name = tuned(model, source, tokens, args), f"{name} → OQP"
         report["seconds"]["total"] = time.perf_counter() - started
         report["recipe"] |= {"method": name, "pruned_by": None, "pattern": pattern, "sparsity": sparsity}
         report["recipe"]["allocate"] = pruned.recipe.get("allocate")
@@ -72,9 +74,9 @@ def main() -> None:
         keep(args.json, "stages", args.samples, document)
 
 
-def tuned(model: Any, teacher: Path, tokens: Any, args: argparse.Namespace, steps: int) -> Any:
-    """Return the model after so many steps of OQP."""
-    how = {"data": args.calibration, "steps": steps, "teacher": teacher, "device": args.device, "progress": False}
+def tuned(model: Any, teacher: Path, tokens: Any, args: argparse.Namespace) -> Any:
+    """Return the model after OQP."""
+    how = {"data": args.calibration, "steps": args.steps, "teacher": teacher, "device": args.device, "progress": False}
     with tempfile.TemporaryDirectory() as folder:
         before, after = Path(folder) / "before", Path(folder) / "after"
         gossamer.save(model, before, tokenizer=tokens)

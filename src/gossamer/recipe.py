@@ -16,8 +16,9 @@ from gossamer.models import causal_lm, resolve, skeleton, tokenizer
 from gossamer.recovering import read, recover
 from gossamer.sites._job import Job, pattern_of
 from gossamer.sites._rows import describe
+from gossamer.sites._shrinking import shrink_checkpoint
 from gossamer.sites.checkpoint import prune_checkpoint, save
-from gossamer.sites.shrinking import goal_of, shrink_checkpoint, structure_of
+from gossamer.sites.shrinking import goal_of, structure_of
 from gossamer.speed import decoding
 
 Say = Callable[[str], None]

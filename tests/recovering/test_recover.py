@@ -14,7 +14,7 @@ from gossamer.core.errors import GossamerError
 from gossamer.recovering import _loop
 from gossamer.recovering._loop import Plan
 from gossamer.recovering._state import State
-from gossamer.sites.shrinking import shrink_checkpoint
+from gossamer.sites._shrinking import shrink_checkpoint
 
 SMALL: dict[str, Any] = {"steps": 6, "batch": 2, "seqlen": 16, "rate": 1e-3}
 

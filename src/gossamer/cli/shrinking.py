@@ -42,8 +42,9 @@ def shrink(
 ) -> None:
     """Remove whole blocks, heads or channels: a smaller ordinary dense model, in a new directory."""
     from gossamer.models import resolve
+    from gossamer.sites._shrinking import shrink_checkpoint
     from gossamer.sites.checkpoint import check_out
-    from gossamer.sites.shrinking import goal_of, opens, shrink_checkpoint, structure_of
+    from gossamer.sites.shrinking import goal_of, opens, structure_of
 
     how, say = structure_of(method), speaker(quiet)  # a slip in these shows before a model is fetched
     shape = _shape(at)

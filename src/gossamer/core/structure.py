@@ -65,6 +65,9 @@ class Linear:
 
 Solve = Callable[[Group, Stats], None]
 
+# What a step of a method is called, and what computes it: tensors by name.
+Once = Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
+
 # The mean of KL(then‖now) a token, on so many tokens of the calibration windows: (draw, tokens), windows in an order that the
 # number draw says.
 Divergence = Callable[[int, int], float]
@@ -122,9 +125,12 @@ class Skeleton(ABC):
 
     Attributes:
         budget: what ``sparsity`` is a fraction of: parameters, or seconds for methods that are ``timed``.
+        once: returns what a step, by its name, comes to: as a run before this one found it, where that was stopped later, or
+            computed now. A step depends on the model, the windows, the method and how much is to go, not on measured times.
     """
 
     budget: Budget
+    once: Once
 
     @property
     @abstractmethod

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,21 @@ class Run:
         self.start()
         write_text(self.folder / "state.json", json.dumps(self.state))
         (self.folder / f"inputs-{position}.safetensors").unlink(missing_ok=True)
+
+    def once(self, step: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return what a step comes to, a file in the folder: of the run before, or computed now and kept for the next."""
+        path, done = self.folder / f"{step}.safetensors", self.state.setdefault("steps", [])
+        if step in done:
+            with safe_open(path, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (the file is no mapping)
+        found = {name: tensor.cpu() for name, tensor in compute().items()}
+        try:
+            _save(path, found)
+            done.append(step)
+            write_text(self.folder / "state.json", json.dumps(self.state))
+        except OSError as error:
+            raise cannot_write(self.out, error) from error
+        return found
 
     def add_packed(self, said: Packed) -> None:
         """Take down what the config is to say of a block of a packed result, or of what is outside the blocks."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gossamer.core.errors import GossamerError
 from gossamer.core.stats import INPUTS, Stats
-from gossamer.core.structure import Divergence, Group, Linear, Parameters, Skeleton, Solve, Step, Structure
+from gossamer.core.structure import Divergence, Group, Linear, Once, Parameters, Skeleton, Solve, Step, Structure
 from gossamer.sites._calibrate import Batch, Calibration, Call
 from gossamer.sites._coupling import Coupling, couplings, is_transposed
 from gossamer.sites._divergence import Moved
@@ -32,8 +32,10 @@ class ModelSkeleton(Skeleton):
         batches: Sequence[Batch],
         device: torch.device | None,
         progress: bool | None,
+        once: Once,
     ) -> None:
         self.model, self.how, self.batches, self.device, self.progress = model, how, batches, device, progress
+        self.once = once
         self.list = blocks_of(model)[1]
         self.budget = Parameters(self.parameters)
         self.rows: list[dict[str, Any]] = [{"block": index} for index in range(len(self.list))]

@@ -1,8 +1,7 @@
 """The structure site: remove whole channels, heads, blocks or ranks of a transformers model, in place."""
 
-import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,8 @@ from gossamer import structures
 from gossamer.core.errors import GossamerError
 from gossamer.core.report import Report
 from gossamer.core.spec import names_in, parse
-from gossamer.core.structure import Structure
+from gossamer.core.structure import Once, Structure
 from gossamer.evaluate import check_ids
-from gossamer.models import causal_lm, check_directory, tokenizer
 from gossamer.sites._calibrate import Batch
 from gossamer.sites._coupling import couplings
 from gossamer.sites._inputs import batches_of, check_batches
@@ -25,7 +23,6 @@ from gossamer.sites._rows import describe, peak_bytes
 from gossamer.sites._skeleton import ModelSkeleton, count, try_out
 from gossamer.sites._walk import blocks_of, targets
 from gossamer.sites._widths import KINDS, settle, widths_of
-from gossamer.sites.checkpoint import check_out, save
 from gossamer.sites.weights import LANES
 
 STRUCTURES = names_in(structures)
@@ -47,6 +44,7 @@ def shrink(
     device: str | torch.device | None = None,
     lanes: int = LANES,
     progress: bool | None = None,
+    once: Once | None = None,
 ) -> Report:
     """Remove structure from a transformers model in place: what is left is a smaller dense one.
 
@@ -63,6 +61,8 @@ def shrink(
         device: where blocks are worked on, one at a time; by default where the model is.
         lanes: groups of windows that go through a block in lockstep; more use less memory.
         progress: show a bar; by default only on a terminal.
+        once: keeps the steps of a method that takes long, for the same call to go on after it was stopped, as the command does;
+            by default nothing is kept.
 
     Returns:
         The `Report`; its ``structure`` counts parameters and blocks before and after, and says what opens the result. With
@@ -110,7 +110,7 @@ def shrink(
     training = model.training
     model.eval()  # dropout would blur the statistics
     before = count(model)
-    skeleton = ModelSkeleton(model, how, batches, None if device is None else torch.device(device), progress)
+    skeleton = ModelSkeleton(model, how, batches, None if device is None else torch.device(device), progress, once or _now)
     try:
         if batches:
             try_out(skeleton, [by_block[0] for by_block in found.values()])
@@ -148,46 +148,8 @@ def shrink(
     )
 
 
-def shrink_checkpoint(
-    source: str | Path,
-    out: str | Path,
-    method: str | Structure,
-    *,
-    sparsity: float | None = None,
-    speedup: float | None = None,
-    at: tuple[int, int] = (1, 512),
-    data: str | Path | None = None,
-    seqlen: int = 512,
-    samples: int = 32,
-    sample: str = "random",
-    seed: int = 0,
-    device: str | None = None,
-    progress: bool | None = None,
-    force: bool = False,
-    name: str | None = None,
-) -> Report:
-    """Shrink the model in ``source`` into a new directory ``out``, which appears whole or not at all; all of it is in memory.
-
-    Args:
-        source: a directory with config.json, safetensors and a tokenizer.
-        out: where the result goes; it must be empty or absent unless ``force``.
-        name: what the report calls the model.
-        others: as in `gossamer.shrink`.
-
-    Raises:
-        GossamerError: anything asked for that cannot be; ``out`` is as it was.
-    """
-    source = Path(source)
-    check_directory(source)
-    check_out(Path(out), source, force)
-    model, tokens = causal_lm(source), tokenizer(source)
-    drawn: dict[str, Any] = {"data": data, "seqlen": seqlen, "samples": samples, "sample": sample, "seed": seed}
-    goal: dict[str, Any] = {"sparsity": sparsity, "speedup": speedup, "at": at}
-    report = shrink(model, method, **goal, tokenizer=tokens, device=device, progress=progress, **drawn)
-    report.model["name"] = name or str(source)
-    report.recipe["command"] = command_of(report.model["name"], report.recipe, str(out))
-    save(model, out, report=report, tokenizer=tokens, force=force)
-    return report
+def _now(step: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    return compute()
 
 
 def structure_of(method: str | Structure) -> Structure:
@@ -233,18 +195,6 @@ def opens(plain: bool, folder: str | Path = "DIR") -> str:
         f"gossamer.load({str(folder)!r}) opens it, or from_pretrained after `import gossamer.hf`: "
         "its blocks differ in width or rank, which transformers has no word for"
     )
-
-
-def command_of(model: str, recipe: dict[str, Any], out: str) -> str:
-    """Return the shell command that shrinks a model by this recipe."""
-    words = ["gossamer", "shrink", model, "--method", recipe["method"]]
-    if "speedup" in recipe:
-        words += ["--speedup", str(recipe["speedup"]), "--at", "x".join(map(str, recipe["at"]))]
-    else:
-        words += ["--sparsity", str(recipe["sparsity"])]
-    for option in ("data", "seqlen", "samples", "sample", "seed"):
-        words += [f"--{option}", str(recipe[option])] if option in recipe else []
-    return shlex.join([*words, "--out", out])
 
 
 def _reached(times: Latency, after: float, speedup: float | None, at: tuple[int, int]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Adapt-Pruner: a little goes at a time, more of it from blocks that change the hidden states less."""
 
 import math
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -27,8 +28,8 @@ class AdaptPruner(Structure):
 
     The authors give Δ and stop once the model is small enough; here Δ is what makes each round end at its total, so that the
     last does too. No member comes back, should its block's s_l fall, nor if a later round fails: then the model is what the
-    last one left. A round takes one forward pass and one with gradients of
-    all weights that go with members, in float32; biases and norms are not scored.
+    last one left. A round takes one forward pass and one with gradients of all weights that go with members, in float32;
+    biases and norms are not scored.
 
     >>> AdaptPruner(step=0.05)
     AdaptPruner(step=0.05)
@@ -58,25 +59,25 @@ class AdaptPruner(Structure):
             raise GossamerError(f"{told}; {sparsity} was asked for")
         s = [0.0] * blocks
         for place in range(1, math.ceil(sparsity / self.step - 1e-9) + 1):
-            importance = self._importance(model)
+            importance = model.once(f"importance-{place}", lambda: self._importance(model))["importance"].tolist()
             s = self._fractions(whole, s, importance, gone, min(place * self.step, sparsity) * total)
             wanted = self._gone(whole, s, gone)
             if wanted != gone:
-                now = model.gradients("heads", "channels")
-                for (group, slopes), before, after in zip(now, gone, wanted, strict=True):
-                    stay = taylor(group, slopes).topk(group.count - (after - before)).indices
-                    model.keep(group, stay.sort().values)
+                left = [group.count - n for group, n in zip(whole, wanted, strict=True)]
+                stay = model.once(f"round-{place}", partial(_best, model, left))
+                for group in [group for kind in ("heads", "channels") for group in model.groups(kind)]:
+                    model.keep(group, stay[f"{group.kind}-{group.block}"])
             gone = wanted
             for block in range(blocks):
                 model.note(block, importance=importance[block], fraction=s[block])
 
-    def _importance(self, model: Skeleton) -> list[float]:
+    def _importance(self, model: Skeleton) -> dict[str, Tensor]:
         """Return I_l of every block as it is now."""
         found = []
         for step in model.walk():
             tokens = torch.cat([cosine(x, y).flatten() for x, y in zip(step.inputs, step.outputs, strict=True)])
             found.append(1 - float(tokens.mean()))
-        return scaled(found)
+        return {"importance": torch.tensor(scaled(found), dtype=torch.float64)}
 
     def _fractions(
         self, whole: list[Group], s: list[float], importance: list[float], gone: list[int], removed: float
@@ -100,6 +101,12 @@ class AdaptPruner(Structure):
         units = [min(self.multiple, group.count) if group.kind == "channels" else 1 for group in whole]
         left = [math.ceil((1 - s[g.block]) * g.count / unit - 1e-9) * unit for g, unit in zip(whole, units, strict=True)]
         return [max(gone, group.count - n) for gone, group, n in zip(before, whole, left, strict=True)]
+
+
+def _best(model: Skeleton, left: list[int]) -> dict[str, Tensor]:
+    """Return which members stay of each group, so many of it."""
+    pairs = zip(model.gradients("heads", "channels"), left, strict=True)
+    return {f"{g.kind}-{g.block}": taylor(g, slopes).topk(n).indices.sort().values for (g, slopes), n in pairs}
 
 
 def _size(whole: list[Group], gone: list[int]) -> int:

@@ -78,20 +78,27 @@ class Tyr(Structure):
         with Variants() as variants:
             try:
                 for at in range(self.rounds):
-                    groups = _groups(model)
-                    choices = [self._choices(group, n, at) for group, n in zip(groups, kept, strict=True)]
-                    found = self._supernet(model, kept, choices, variants, first=at == 0)
-                    net = _Net(_groups(model), variants, found, kept)
-                    kept, apart = self._search(net, kept, choices, measure, chance)
+                    choices = [self._choices(group, n, at) for group, n in zip(_groups(model), kept, strict=True)]
+                    net = _Net(_groups(model), variants, kept, choices)
+
+                    def search(net: "_Net" = net, at: int = at) -> dict[str, Tensor]:
+                        self._supernet(model, net, at)
+                        return self._search(net, measure, chance)
+
+                    told = model.once(f"round-{at}", search)
+                    kept = told["kept"].tolist()
+                    chance.setstate((3, tuple(told["chance"].tolist()), None))
+                if not net.found:  # a run before came as far as this
+                    self._supernet(model, net, at)
                 net.take(kept)
             except BaseException:  # the model is as it was: no member is gone yet, and its weights are all there
                 for group in _groups(model):
                     if variants.has(_key(group), DENSE):
                         group.out.copy_(variants.get(_key(group), DENSE))
                 raise
-            model.note(0, divergence=apart)
+            model.note(0, divergence=float(told["divergence"]))
             for group, n in zip(net.groups, kept, strict=True):
-                model.keep(group, found[_key(group)].kept(group.count - n, group.count))
+                model.keep(group, net.found[_key(group)].kept(group.count - n, group.count))
 
     def _even(self, model: Skeleton, sparsity: float) -> list[int]:
         """Return how many members each group keeps, all alike as nearly as the total allows.
@@ -119,40 +126,40 @@ class Tyr(Structure):
         around = {kept // unit * unit + level * apart for level in range(-self.levels, self.levels + 1)} | {kept}
         return sorted(n for n in around if unit <= n <= group.count)
 
-    def _supernet(
-        self, model: Skeleton, kept: list[int], choices: list[list[int]], variants: Variants, *, first: bool
-    ) -> dict[str, Removal]:
-        """Prune every layer to each of its numbers; return the orders in which members go. Leaves the numbers in ``kept``."""
-        found: dict[str, Removal] = {}
-        wanted = {_key(g): pair for g, pair in zip(_groups(model), zip(kept, choices, strict=True), strict=True)}
+    def _supernet(self, model: Skeleton, net: "_Net", at: int) -> None:
+        """Prune every layer to each of its numbers, and note the orders in which members go. Leaves the net's numbers."""
+        wanted = {_key(g): pair for g, pair in zip(net.groups, zip(net.now, net.choices, strict=True), strict=True)}
 
         def prune(group: Group, stats: Stats) -> None:
             key = _key(group)
             present, numbers = wanted[key]
-            if first:
-                variants.put(key, DENSE, group.out)
-            w = variants.get(key, DENSE).to(group.out.device)
-            upper, dead, damp = stats.inverse_factor(self.damp)
-            found[key], _, _ = remove(w.masked_fill(dead, 0), upper.T @ upper, group.width, group.count - numbers[0])
+            if not net.variants.has(key, DENSE):
+                net.variants.put(key, DENSE, group.out)
+            w = net.variants.get(key, DENSE).to(group.out.device)
+
+            def apart() -> dict[str, Tensor]:
+                upper, dead, _ = stats.inverse_factor(self.damp)
+                going, _, _ = remove(w.masked_fill(dead, 0), upper.T @ upper, group.width, group.count - numbers[0])
+                return {"order": going.order, "errors": going.errors}
+
+            net.found[key] = Removal(**model.once(f"round-{at}-{key}", apart))
+            _, _, damp = stats.inverse_factor(self.damp)
             h = stats.hessian(damp)
             for n in numbers:
-                columns = _columns(group, found[key], n)
-                variants.put(key, n, refit(w, h, columns)[:, columns] if n < group.count else w)
-            _write(group, found[key], present, variants)
+                columns = _columns(group, net.found[key], n)
+                net.variants.put(key, n, refit(w, h, columns)[:, columns] if n < group.count else w)
+            _write(group, net.found[key], present, net.variants)
 
         for _ in model.walk("heads", "channels", solve=prune):
             pass
-        return found
 
-    def _search(
-        self, net: "_Net", kept: list[int], choices: list[list[int]], measure: Divergence, chance: random.Random
-    ) -> tuple[list[int], float]:
-        """Return the numbers that evolution ends with, and their KL on the last stage's tokens."""
-        parent, apart = kept, float("nan")
+    def _search(self, net: "_Net", measure: Divergence, chance: random.Random) -> dict[str, Tensor]:
+        """Return the numbers that evolution ends with, their KL on the last stage's tokens, and where chance stands then."""
+        parent, apart = list(net.now), float("nan")
         for _ in range(self.generations):
             brood: list[list[int]] = []
             for _ in range(8 * self.offspring):  # there may be fewer that differ than were asked for
-                child = self._mutated(net.groups, parent, choices, chance)
+                child = self._mutated(net.groups, parent, net.choices, chance)
                 if child != parent and child not in brood:
                     brood.append(child)
                 if len(brood) == self.offspring:
@@ -170,7 +177,7 @@ class Tyr(Structure):
                 best = sorted(range(len(brood)), key=told.__getitem__)[:survivors]
                 brood, apart = [brood[place] for place in best], told[best[0]] if best else apart
             parent = brood[0]
-        return parent, apart
+        return {"kept": torch.tensor(parent), "divergence": torch.tensor(apart), "chance": torch.tensor(chance.getstate()[1])}
 
     def _mutated(self, groups: list[Group], parent: list[int], choices: list[list[int]], chance: random.Random) -> list[int]:
         """Return the parent with a few levels swapped between groups of one kind, size and interval."""
@@ -196,10 +203,11 @@ class Tyr(Structure):
 
 
 class _Net:
-    """The model with one variant of each layer in it."""
+    """The model with one variant of each layer in it, of those that it may have; ``now`` says which."""
 
-    def __init__(self, groups: list[Group], variants: Variants, found: dict[str, Removal], kept: list[int]) -> None:
-        self.groups, self.variants, self.found, self.now = groups, variants, found, list(kept)
+    def __init__(self, groups: list[Group], variants: Variants, now: list[int], choices: list[list[int]]) -> None:
+        self.groups, self.variants, self.now, self.choices = groups, variants, list(now), choices
+        self.found: dict[str, Removal] = {}
 
     def take(self, kept: list[int]) -> None:
         """Put other variants in where they differ."""

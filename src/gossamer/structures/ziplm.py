@@ -3,6 +3,7 @@
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from gossamer.core.errors import GossamerError
 from gossamer.core.levels import within
@@ -61,10 +62,15 @@ class ZipLM(Structure):
         energy: dict[tuple[str, int], float] = {}
 
         def take_apart(group: Group, stats: Stats) -> None:
-            key, w = (group.kind, group.block), group.out.float()
-            upper, dead, damp = stats.inverse_factor(self.damp)
-            found[key], _, _ = remove(w.masked_fill(dead, 0), upper.T @ upper, group.width, max(self._levels(group)))
-            energy[key] = float((w @ stats.hessian(damp) * w).sum())
+            def apart() -> dict[str, Tensor]:
+                w = group.out.float()
+                upper, dead, damp = stats.inverse_factor(self.damp)
+                going, _, _ = remove(w.masked_fill(dead, 0), upper.T @ upper, group.width, max(self._levels(group)))
+                return {"order": going.order, "errors": going.errors, "energy": (w @ stats.hessian(damp) * w).sum()}
+
+            told = model.once(f"{group.kind}-{group.block}", apart)
+            key = group.kind, group.block
+            found[key], energy[key] = Removal(told["order"], told["errors"]), float(told["energy"])
 
         for _ in model.walk("heads", "channels", solve=take_apart):
             pass

@@ -24,6 +24,7 @@ def stats_of(x: Tensor = X, grad: Tensor | None = G, **kwargs: bool) -> Stats:
     stats.add(x)
     stats.grad = grad
     stats.grads = None if grad is None else torch.stack([grad, 3 * grad])
+    stats.square_grad = None if grad is None else 5 * grad.square()
     stats.hessian_grad = stats.synflow = None if grad is None else grad.abs()
     return stats
 
@@ -93,11 +94,11 @@ def test_every_score_is_float32_finite_and_leaves_its_inputs_alone(name: str, dt
 @pytest.mark.parametrize("name", scores.__all__)
 def test_every_score_reads_no_more_than_it_needs(name: str) -> None:
     score = made(name)
-    assert score.needs <= {*INPUTS, "grad", "grads", "hessian_grad", "synflow"}
+    assert score.needs <= {*INPUTS, "grad", "square_grad", "grads", "hessian_grad", "synflow"}
     stats = stats_of()
     if "norm" not in score.needs:
         stats.square_sum = torch.full((3,), math.nan)
-    for need in {"grad", "hessian_grad", "synflow"} - score.needs:
+    for need in {"grad", "square_grad", "hessian_grad", "synflow"} - score.needs:
         setattr(stats, need, None)
     assert score(W, stats).isfinite().all()
 

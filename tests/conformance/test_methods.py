@@ -136,6 +136,7 @@ def layer(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> tuple[
     stats.add(x, dense=x + 0.1 * drift)
     stats.grads = torch.randn(4, rows, columns, generator=generator)
     stats.grad = stats.grads.mean(0)
+    stats.square_grad = torch.rand(rows, columns, generator=generator)
     stats.hessian_grad = torch.randn(rows, columns, generator=generator)
     stats.synflow = torch.rand(rows, columns, generator=generator)
     return torch.randn(rows, columns, generator=generator).to(dtype), stats

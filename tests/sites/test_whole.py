@@ -51,6 +51,15 @@ def test_hessian_gradients_are_those_of_the_explicit_hessian() -> None:
         torch.testing.assert_close(value.double().flatten(), expected[name], rtol=1e-4, atol=1e-7)
 
 
+def test_square_gradients_are_the_mean_of_each_windows_own() -> None:
+    model = causal("llama", **SMALL)
+    own = gradients(model, batches(), targets(model), each=True)
+    found = gradients(model, batches(), targets(model), squared=True)
+    assert found.keys() == own.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, own[name].square().mean(0), rtol=1e-5, atol=1e-12)
+
+
 def test_removing_what_grasp_ranks_lowest_raises_the_gradient_flow() -> None:
     norms = {}
     for method in (GraSP(), Magnitude()):

@@ -23,6 +23,7 @@ class Stats:
         cross: Σ (x̃ − x) xᵀ, shape (in, in), x̃ the same rows in the dense model, where it was asked for; None otherwise, and
             where the two models' rows are not the same tokens (routed experts).
         grad: gradient of the loss with respect to the weight, its shape, where it was asked for; None otherwise.
+        square_grad: the mean over the windows of its square, each window's own loss taken; None otherwise.
         hessian_grad: the Hessian of that loss times its gradient, where it was asked for; None otherwise.
         synflow: gradient of SynFlow's objective with respect to |weight|, where it was asked for; None otherwise.
         white: no input was seen, and the statistics are those of white inputs.
@@ -40,6 +41,7 @@ class Stats:
         self.cross: Tensor | None = None
         self.grad: Tensor | None = None
         self.grads: Tensor | None = None
+        self.square_grad: Tensor | None = None
         self.hessian_grad: Tensor | None = None
         self.synflow: Tensor | None = None
         self.white = False

@@ -18,13 +18,13 @@ class Fisher(Score):
 
     >>> import torch
     >>> stats = Stats(2)
-    >>> stats.grads = torch.tensor([[[1.0, 0.0]], [[3.0, 2.0]]])  # of two windows
+    >>> stats.square_grad = torch.tensor([[5.0, 2.0]])  # of two windows, whose gradients are [1, 0] and [3, 2]
     >>> Fisher()(torch.tensor([[2.0, 1.0]]), stats)
     tensor([[10.,  1.]])
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"grads"})
+    needs: ClassVar[frozenset[str]] = frozenset({"square_grad"})
 
     def __call__(self, x: Tensor, stats: Stats) -> Tensor:
-        assert stats.grads is not None
-        return x.float().square() * stats.grads.float().square().mean(0) / 2
+        assert stats.square_grad is not None
+        return x.float().square() * stats.square_grad / 2

@@ -15,9 +15,11 @@ from gossamer.sites._walk import Target
 
 
 def gradients(
-    model: nn.Module, batches: Sequence[Batch], targets: Sequence[Target], *, each: bool = False
+    model: nn.Module, batches: Sequence[Batch], targets: Sequence[Target], *, each: bool = False, squared: bool = False
 ) -> dict[str, Tensor]:
     """Return ∂L/∂w of each target in float32, L the mean next-token loss over all windows; or ``each`` window's own, stacked.
+
+    With ``squared`` it is the mean over the windows of (∂L_n/∂w)², L_n a window's loss.
 
     A gradient in the model's dtype lives only until its window's is added to the float32 sum, or kept in float32. What the loss
     does not depend on, such as an expert that no token was sent to, has gradient zero.
@@ -27,6 +29,8 @@ def gradients(
 
     def collect(name: str, parameter: Tensor) -> None:
         share = parameter.grad.to(torch.float32, copy=True)  # type: ignore[union-attr]
+        if squared:
+            share.square_().div_(len(windows))
         if each:
             sums.setdefault(name, []).append(share)
         else:
@@ -41,7 +45,7 @@ def gradients(
             loss = model(input_ids=window, labels=window, use_cache=False).loss
             if not bool(loss.isfinite()):
                 raise GossamerError(f"the next-token loss on a window of {window.shape[1]} tokens is {loss.item()}")
-            (loss if each else loss / len(windows)).backward()
+            (loss if each or squared else loss / len(windows)).backward()
     found: Mapping[str, Tensor] = {name: torch.stack(parts) for name, parts in sums.items()} if each else sums
     lead = (len(windows),) if each else ()
     return {t.name: found.get(t.name, torch.zeros(())).expand(*lead, *t.parameter.shape) for t in targets}

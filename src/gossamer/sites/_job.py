@@ -26,7 +26,7 @@ from gossamer.sites._walk import Target, targets
 METHODS = {**names_in(scores), **names_in(solvers)}
 PATTERNS = names_in(patterns, Pattern)
 ALLOCATIONS = names_in(allocations)
-WHOLE = frozenset({"grad", "grads", "hessian_grad", "synflow"})  # what only the whole model can tell
+WHOLE = frozenset({"grad", "square_grad", "grads", "hessian_grad", "synflow"})  # what only the whole model can tell
 DATA_FREE = frozenset({"synflow", "weights", "scores", "wanda"})  # needs for which themselves no data is read
 
 

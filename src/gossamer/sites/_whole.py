@@ -20,7 +20,7 @@ Whole = dict[str, dict[str, Tensor]]  # need → name of the target → a tensor
 
 
 def measured(model: nn.Module, needs: frozenset[str], batches: Sequence[Batch], targets: Sequence[Target]) -> Whole:
-    """Return what ``needs`` names of what only the whole model can tell: "grad", "hessian_grad", "synflow"."""
+    """Return what ``needs`` names of what only the whole model can tell: "grad", "square_grad", "hessian_grad", "synflow"."""
     found: Whole = {}
     if needs & {"grad", "hessian_grad"}:
         grads = gradients(model, batches, targets)
@@ -28,6 +28,8 @@ def measured(model: nn.Module, needs: frozenset[str], batches: Sequence[Batch], 
             found["hessian_grad"] = hessian_gradients(model, batches, targets, grads)
         if "grad" in needs:
             found["grad"] = grads
+    if "square_grad" in needs:
+        found["square_grad"] = gradients(model, batches, targets, squared=True)
     if "synflow" in needs:
         found["synflow"] = flow(model, targets)
     return found

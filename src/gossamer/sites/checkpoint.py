@@ -91,7 +91,7 @@ def prune_checkpoint(
         model = checkpoint.model
         chosen = find_targets(model, targets)
         where = None if device is None else torch.device(device)
-
+        loaded = time.perf_counter()
         approach(model, job, chosen, batches, where, progress)
         if "sparsities" not in run.state:
             run.state["sparsities"] = allocated(model, job, chosen, batches, where, progress)
@@ -141,12 +141,13 @@ def prune_checkpoint(
             rows.append(job.prune(target, blank_stats(target, whole), sparsities[target.name])[0])
 
         elapsed = run.seconds()
+        spent = {"load": loaded - started, "allocate": before - loaded, **phases(rows, elapsed)}
         report = Report(
             kind="prune",
             recipe={**recipe, "command": command_of(name or str(source), recipe, str(out))},
             model=describe(model, name or str(source)),
             weights=rows,
-            seconds={"allocate": before - started, **phases(rows, elapsed), "total": before - started + elapsed},
+            seconds={**spent, "total": before - started + elapsed},
             peak_bytes=peak_bytes(),
         )
         run.complete(source, checkpoint.other_state(), report)

@@ -96,13 +96,15 @@ def prune(
     model.eval()  # dropout would blur the statistics
     try:
         check_mlps(model, job, chosen, batches)
+        loaded = time.perf_counter()
         approach(model, job, chosen, batches, where, progress)
         sparsities = allocated(model, job, chosen, batches, where, progress)
-        calibrated = time.perf_counter()
+        allotted = time.perf_counter()
         rows, packed = _prune_all(model, job, chosen, sparsities, batches, where, progress)
     finally:
         model.train(training)
-    seconds = {"allocate": calibrated - started, **phases(rows, time.perf_counter() - calibrated)}
+    before = {"load": loaded - started, "allocate": allotted - loaded}
+    seconds = {**before, **phases(rows, time.perf_counter() - allotted)}
     report = Report(
         kind="prune",
         recipe=recipe,

@@ -10,6 +10,7 @@ with an --out of its own.
 import argparse
 import fcntl
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -84,16 +85,20 @@ def main() -> None:
 
 def keep(path: Path, name: str, samples: int, document: dict[str, Any]) -> None:
     """Put rows of one part into the file, in the place of those it has, of which the others stay where they were made alike."""
-    with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"parts": {}}
-        dense, machine = document["dense"], document["environment"]
+        dense, machine, model = document["dense"], document["environment"], document["model"]["name"]
+        if found.setdefault("model", model) != model:
+            raise SystemExit(f"{path} has rows of {found['model']}: give another --json for {model}")
         on = machine["accelerator"] or f"{machine['threads']} CPU core" + "s" * (machine["threads"] > 1)
         # A GPU's pass is so short that seconds in passes would say nothing.
         one = None if machine["accelerator"] else dense["seconds"] / dense["windows"] * samples
         made = {"samples": samples, "windows": dense["windows"]}
+        how = {"pass": one, "machine": on, "dense": dense["perplexity"]}
         rows = [
-            {key: row[key] for key in KEPT} | {"speed": (row["speed"] or {}).get("ratio"), "pass": one, "machine": on}
+            {key: row[key] for key in KEPT} | {"speed": (row["speed"] or {}).get("ratio")} | how
             for row in rows_of(document)
             if row["evaluated"]
         ]
@@ -102,9 +107,11 @@ def keep(path: Path, name: str, samples: int, document: dict[str, Any]) -> None:
             new = {tuple(row[key] for key in KEPT[:4]) for row in rows}
             rows += [row for row in before["rows"] if tuple(row[key] for key in KEPT[:4]) not in new]
         told = dense.get("tasks") or (found.get("dense") or {}).get("tasks")
-        found["model"], found["dense"] = document["model"]["name"], {"perplexity": dense["perplexity"], "tasks": told}
+        found["dense"] = {"perplexity": dense["perplexity"], "tasks": told}
         found["parts"][name] = {**made, "rows": rows}
         write_text(path, json.dumps(found, indent=1) + "\n")
+    finally:
+        os.close(folder)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from methods import keep
 
 import gossamer
@@ -19,6 +18,7 @@ from gossamer.core.report import environment
 from gossamer.data import evaluation
 from gossamer.evaluate import perplexity, tasks
 from gossamer.models import causal_lm, resolve, tokenizer
+from gossamer.sites._rows import peak_bytes, restart_peak
 
 # method, pattern, sparsity, options of the reconstruction
 STAGES: list[tuple[str, str, float | None, dict[str, Any]]] = [
@@ -51,8 +51,7 @@ def main() -> None:
     dense = perplexity(teacher, ids)
     document: dict[str, Any] = {"model": {"name": args.model}, "environment": environment(), "dense": dense, "runs": []}
     for method, pattern, sparsity, options in (stage for stage in STAGES if args.only in (None, stage[0])):
-        if args.device:
-            torch.cuda.reset_peak_memory_stats()
+        restart_peak()
         model, started = causal_lm(source), time.perf_counter()
         text = {"data": args.calibration, "tokenizer": tokens, "device": args.device, "progress": False}
         pruned = gossamer.prune(model, method, pattern, sparsity=sparsity, samples=args.samples, **text)
@@ -63,9 +62,8 @@ def main() -> None:
         report["seconds"]["total"] = time.perf_counter() - started
         report["recipe"] |= {"method": name, "pruned_by": None, "pattern": pattern, "sparsity": sparsity}
         report["recipe"]["allocate"] = pruned.recipe.get("allocate")
-        if args.device:
-            report["peak_bytes"] = {"allocated": torch.cuda.max_memory_allocated()}
-        found = report["evaluation"] = perplexity(model, ids)
+        report["peak_bytes"] = peak_bytes()
+        found = report["evaluation"] = perplexity(model, ids, device=args.device)
         if args.tasks:
             answers = tasks(model, args.tasks, args.tasks_dir, tokenizer=tokens, limit=args.limit, device=args.device)
             found["tasks"] = answers

@@ -80,7 +80,7 @@ def _group(rows: list[dict[str, Any]], dense: dict[str, Any]) -> str:
                 f"`{row['method']}`",
                 row["how"],
                 f"{row['perplexity']:,.2f}" if finite else "not finite",
-                f"{row['perplexity'] / dense['perplexity']:,.2f}" if finite else "",
+                f"{row['perplexity'] / row['dense']:,.2f}" if finite else "",
                 f"{row['spread']:.2f} ({row['seeds']})" if row["spread"] is not None else "",
                 *(f"{row['tasks'][task]:.1%}" if task in row["tasks"] else "" for task in tasks),
                 f"{row['seconds']:.0f}",

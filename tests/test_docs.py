@@ -131,7 +131,7 @@ def test_what_was_measured_is_ranked_in_a_table_for_each_pattern(
     how = {"samples": 8, "windows": 4}
     found = {
         "dense": {"perplexity": 20.0, "tasks": {"arc": {"acc": 0.6}}},
-        "parts": {"x": {**how, "rows": [{"pass": 10.0, "machine": "2 CPU cores"} | row for row in rows]}},
+        "parts": {"x": {**how, "rows": [{"pass": 10.0, "machine": "2 CPU cores", "dense": 20.0} | row for row in rows]}},
     }
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "methods.json").write_text(json.dumps(found))

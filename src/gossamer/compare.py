@@ -77,6 +77,7 @@ def compare(
         seeds: run each so many times, with the seeds ``seed``, ``seed + 1`` ... for its windows; what reads no data runs once.
         tasks, tasks_dir, limit: lm-eval's tasks, as in `gossamer.evaluate.tasks`: the dense model answers these too, and every
             pruned one of the first seed.
+        device: where each model is, as a whole.
         others: as in `gossamer.prune`.
 
     Returns:

@@ -88,7 +88,7 @@ def tasks(
         tasks: lm-eval's task names, separated by commas.
         tasks_dir: a folder with task files of one's own.
         limit: how many examples of each task; all by default.
-        batch: answers scored at a time; by default 1 on a CPU, and 64 on a GPU, which one alone would leave idle.
+        batch: answers scored at a time; by default 1 on a CPU, and 16 on a GPU, which one alone would leave idle.
 
     Raises:
         GossamerError: lm-eval is not installed, or knows no such task.
@@ -96,8 +96,9 @@ def tasks(
     names, known = known_tasks(tasks, tasks_dir)
     from lm_eval import simple_evaluate
 
-    device = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))  # its own default is cuda, there or not
     inside = isinstance(model, torch.nn.Module)
+    if device is None:  # lm-eval's own default is cuda, there or not
+        device = next(model.parameters()).device if inside else "cuda" if torch.cuda.is_available() else "cpu"  # type: ignore[union-attr]
     if isinstance(model, Path) and is_own(model):
         import gossamer.hf  # noqa: F401 (importing it is what tells transformers how to load it)
     found = simple_evaluate(
@@ -106,8 +107,8 @@ def tasks(
         tasks=names,
         task_manager=known,
         limit=limit,
-        batch_size=batch or (64 if device.startswith("cuda") else 1),
-        device=device,
+        batch_size=batch or (1 if torch.device(device).type == "cpu" else 16),
+        device=str(device),
         log_samples=False,
     )
     return {task: _metrics(values) for task, values in found["results"].items()}

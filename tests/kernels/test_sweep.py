@@ -67,9 +67,29 @@ def test_columns_are_updated_as_obs_says(pattern: str) -> None:
     torch.testing.assert_close(left, by_hand.float() * keep.T, rtol=1e-4, atol=1e-4)
 
 
-def test_a_weight_that_overflows_in_the_sweep_is_refused() -> None:
-    w, stats = made(Sweep(4, 8, "2:4"))
-    w[0, 0] = 3e38
-    w[0, 1] = -3e38
+@pytest.mark.parametrize("kernel", ["reference", pytest.param("triton", marks=ON_GPU)])
+def test_a_saliency_that_overflows_is_refused(kernel: str) -> None:
+    w, stats = made(Sweep(4, 8, "2:4"), "cpu" if kernel == "reference" else "cuda")
+    w[0, 0] = 1e25
     with pytest.raises(GossamerError, match="NaN or infinite"):
-        sweep(w, stats, parse("2:4", PATTERNS, "pattern"), None, 0.01, 128)
+        sweep(w, stats, parse("2:4", PATTERNS, "pattern"), None, 0.01, 128, kernel)
+
+
+def test_a_weight_that_overflows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(tile: Tensor, keep: Tensor, u: Tensor, group: tuple[int, int] | None) -> Tensor:
+        tile[0, 0] = torch.inf
+        return torch.zeros_like(tile)
+
+    w, stats = made(Sweep(4, 8, "Unstructured"))
+    monkeypatch.setattr(reference, "columnwise", broken)
+    with pytest.raises(GossamerError, match="1 of 32 weights became NaN or infinite in the sweep over the columns"):
+        sweep(w, stats, parse("Unstructured", PATTERNS, "pattern"), 0.5, 0.01, 128)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "told"), [("trito", "unknown kernel 'trito'"), ("portable", "has no kernel"), ("triton", "the kernel 'triton'")]
+)
+def test_a_kernel_that_cannot_run_is_refused(kernel: str, told: str) -> None:
+    w, stats = made(Sweep(4, 8, "2:4"))
+    with pytest.raises(GossamerError, match=told):
+        sweep(w, stats, parse("2:4", PATTERNS, "pattern"), None, 0.01, 128, kernel)

@@ -1,10 +1,14 @@
 """A shrinking that is stopped goes on after its last step, to the same bits."""
 
+import errno
+import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from gossamer.core.errors import GossamerError
@@ -27,13 +31,17 @@ class Steps:
             def counted() -> dict[str, Tensor]:
                 found = compute()
                 if len(self.computed) == self.most:
-                    raise KeyboardInterrupt
+                    self.full()
                 self.computed.append(step)
                 return found
 
             return once(run, step, counted)
 
         monkeypatch.setattr(Run, "once", counting)
+
+    def full(self) -> None:
+        """What happens then."""
+        raise KeyboardInterrupt
 
 
 @pytest.fixture
@@ -91,9 +99,7 @@ def test_one_that_was_stopped_after_all_its_steps(
         assert weights(tmp_path / "out") == weights(tmp_path / "whole")
 
 
-def test_another_call_starts_over_and_a_mistake_leaves_nothing(
-    steps: Steps, tiny_dir: Path, text: Path, tmp_path: Path
-) -> None:
+def test_another_text_starts_over(steps: Steps, tiny_dir: Path, text: Path, tmp_path: Path) -> None:
     how = {"sparsity": 0.2, "data": text, "seqlen": 16, "samples": 8}
     steps.most = 2
     with pytest.raises(KeyboardInterrupt):
@@ -102,6 +108,54 @@ def test_another_call_starts_over_and_a_mistake_leaves_nothing(
     text.write_text(text.read_text().swapcase())
     shrink_checkpoint(tiny_dir, tmp_path / "out", "ZipLM", **how)
     assert len(steps.computed) == 2 + 4, "the text is another"
+
+
+def test_a_slip_leaves_what_was_found(steps: Steps, tiny_dir: Path, text: Path, tmp_path: Path) -> None:
+    how = {"sparsity": 0.2, "data": text, "seqlen": 16, "samples": 8}
+    steps.most = 2
+    with pytest.raises(KeyboardInterrupt):
+        shrink_checkpoint(tiny_dir, tmp_path / "out", "ZipLM", **how)
+    for slip in ({"data": None}, {"data": tmp_path / "none.txt"}, {"samples": 100_000}, {"seqlen": 100_000}, {"sparsity": 2}):
+        with pytest.raises(GossamerError) as raised:
+            shrink_checkpoint(tiny_dir, tmp_path / "out", "ZipLM", **how | slip)
+        assert "\n" not in str(raised.value)
+    steps.most = 1000
+    shrink_checkpoint(tiny_dir, tmp_path / "out", "ZipLM", **how)
+    assert len(steps.computed) == 4
+
+
+def test_a_full_disk_keeps_what_was_found_and_names_the_output(
+    steps: Steps, tiny_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = torch.from_file
+
+    def save(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def put(path: str, **how: Any) -> Tensor:
+        if Path(path).exists():
+            return read(path, **how)
+        raise RuntimeError("unable to resize file: No space left on device")
+
+    how = {"sparsity": 0.2, "data": text, "seqlen": 16, "samples": 8, "force": True}
+    for method, place, full in (("ZipLM", "gossamer.sites._run.save_file", save), (TYR, "torch.from_file", put)):
+        steps.computed.clear()
+        with monkeypatch.context() as patch:
+            steps.most = 2
+            patch.setattr(steps, "full", partial(patch.setattr, place, full))
+            with pytest.raises(GossamerError, match="space left") as raised:
+                shrink_checkpoint(tiny_dir, tmp_path / "out", method, **how)
+        assert "partial" not in str(raised.value)
+        kept = json.loads((tmp_path / ".out.partial" / "state.json").read_text())["steps"]
+        assert len(kept) >= 2
+        steps.most = 1000
+        steps.computed.clear()
+        shrink_checkpoint(tiny_dir, tmp_path / "out", method, **how)
+        assert len(steps.computed) == STEPS[method] - len(kept)
+
+
+def test_a_mistake_leaves_nothing(tiny_dir: Path, text: Path, tmp_path: Path) -> None:
+    how = {"sparsity": 0.2, "data": text, "seqlen": 16, "samples": 8}
     with pytest.raises(GossamerError, match="ends at"):
         shrink_checkpoint(tiny_dir, tmp_path / "more", "ZipLM", **how | {"sparsity": 0.99})
-    assert sorted(path.name for path in tmp_path.iterdir() if "out" in path.name or "more" in path.name) == ["out"]
+    assert sorted(path.name for path in tmp_path.iterdir() if "more" in path.name) == []

@@ -1,5 +1,6 @@
 """Variants: several of each of many matrices, on disk while one of each is in use."""
 
+import errno
 import tempfile
 from pathlib import Path
 from types import TracebackType
@@ -42,7 +43,8 @@ class Variants:
         try:
             file = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=torch.float32)
         except RuntimeError as error:
-            raise GossamerError(f"no room for {tensor.numel() * 4:,} more bytes in {self._folder.name}: {error}") from error
+            told = f"no room for {tensor.numel() * 4:,} more bytes in {self._folder.name}: {error}"
+            raise GossamerError(told) from OSError(errno.ENOSPC, str(error))
         file.copy_(tensor.reshape(-1))
         self._shapes[path] = tensor.shape
 

@@ -14,7 +14,8 @@ class Fisher(Score):
     """S = ½ w²·1/N Σ_n (∂L_n/∂w)², L_n a window's next-token loss (Theis et al., 2018, arXiv:1801.05787).
 
     Optimal Brain Damage (LeCun et al., 1990) with the diagonal of the empirical Fisher matrix for the Hessian's. `OBERT` takes
-    weights a group at a time, and moves those that stay.
+    weights a group at a time, and moves those that stay. The squares are those of the model before anything is pruned,
+    and all of them are in memory at once.
 
     >>> import torch
     >>> stats = Stats(2)

@@ -35,7 +35,7 @@ class Run:
     def __init__(self, out: Path, identity: dict[str, Any]) -> None:
         self.out = Path(os.path.realpath(out))
         self.folder = self.out.with_name(f".{self.out.name}.partial")
-        versions = [version("transformers"), *(environment()[k] for k in ("gossamer", "torch", "threads"))]
+        versions = [version("transformers"), *(environment()[k] for k in ("gossamer", "torch", "threads", "accelerator"))]
         digest = hashlib.sha256(json.dumps([identity, versions], sort_keys=True, default=str).encode()).hexdigest()
         self.state: dict[str, Any] = {"identity": digest, "done": 0, "rows": [], "seconds": 0.0, "shards": {}}
         self._started = time.perf_counter()
@@ -67,6 +67,9 @@ class Run:
                     for parent in self._made:
                         parent.rmdir()
         self._lock.close()
+        if mistake is False and isinstance(error, GossamerError) and str(self.folder) in str(error):
+            assert isinstance(error.__cause__, OSError)
+            raise cannot_write(self.out, error.__cause__) from error.__cause__  # what the user asked for, not where we work
 
     def scratch(self) -> Path:
         """Return an empty folder for converted weights."""
@@ -106,12 +109,9 @@ class Run:
             with safe_open(path, framework="pt") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (the file is no mapping)
         found = {name: tensor.cpu() for name, tensor in compute().items()}
-        try:
-            _save(path, found)
-            done.append(step)
-            write_text(self.folder / "state.json", json.dumps(self.state))
-        except OSError as error:
-            raise cannot_write(self.out, error) from error
+        _save(path, found)
+        done.append(step)
+        write_text(self.folder / "state.json", json.dumps(self.state))
         return found
 
     def add_packed(self, said: Packed) -> None:

@@ -4,13 +4,16 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from gossamer.core.atomic import cannot_write, publish
+import torch
+
+from gossamer.core.atomic import publish
 from gossamer.core.report import Report
 from gossamer.core.structure import Structure
-from gossamer.models import causal_lm, check_directory, tokenizer
+from gossamer.models import causal_lm, check_directory, skeleton, tokenizer
 from gossamer.sites._run import Run
-from gossamer.sites.checkpoint import check_out, identity, save
-from gossamer.sites.shrinking import goal_of, shrink, structure_of
+from gossamer.sites.checkpoint import check_out, digest, identity, save
+from gossamer.sites.shrinking import goal_of, shrink, structure_of, windows_of
+from gossamer.sites.weights import LANES
 
 
 def shrink_checkpoint(
@@ -33,8 +36,8 @@ def shrink_checkpoint(
 ) -> Report:
     """Shrink the model in ``source`` into a new directory ``out``, which appears whole or not at all; all of it is in memory.
 
-    A run that was killed and is started again with the same arguments goes on after the last finished step of methods that take
-    many (`AdaptPruner`, `Tyr`, `ZipLM`); the others start over, and so do times that are measured.
+    A run that was killed and is started again with the same arguments, on the same windows, goes on after the last finished
+    step of methods that take many (`AdaptPruner`, `Tyr`, `ZipLM`); the others start over, and so do times that are measured.
 
     Args:
         source: a directory with config.json, safetensors and a tokenizer.
@@ -53,8 +56,11 @@ def shrink_checkpoint(
     tokens = tokenizer(source)
     drawn: dict[str, Any] = {"data": data, "seqlen": seqlen, "samples": samples, "sample": sample, "seed": seed}
     goal: dict[str, Any] = {"sparsity": sparsity, "speedup": speedup, "at": at}
-    text = identity(Path(data)) if data is not None and Path(data).is_dir() else _stamp(data)
-    with Run(Path(out), {"method": repr(how), **goal, **drawn, "text": text, "source": identity(source)}) as run:
+    # Before the folder is looked at: a slip must not cost what a run before has found.
+    how_drawn = (data, tokens, seqlen, samples, sample, seed, LANES)
+    batches = windows_of(skeleton(source), how, *how_drawn, folder=source, device=torch.device("cpu"))
+    same = {"method": repr(how), **goal, "data": digest(batches), "source": identity(source), "device": str(device)}
+    with Run(Path(out), same) as run:
         model = causal_lm(source)
         report = shrink(model, how, **goal, tokenizer=tokens, device=device, progress=progress, once=run.once, **drawn)
         report.model["name"] = name or str(source)
@@ -62,17 +68,8 @@ def shrink_checkpoint(
         check_out(Path(out), source, force)  # again: another run may have finished in the meantime
         finished = run.folder / "finished"
         save(model, finished, report=report, tokenizer=tokens, force=True)
-        try:
-            publish(finished, run.out)
-        except OSError as error:
-            raise cannot_write(Path(out), error) from error
+        publish(finished, run.out)
     return report
-
-
-def _stamp(data: str | Path | None) -> list[Any]:
-    """Return what tells one state of a file of text from another."""
-    path = None if data is None else Path(data)
-    return [path.stat().st_size, path.stat().st_mtime_ns] if path is not None and path.is_file() else []
 
 
 def command_of(model: str, recipe: dict[str, Any], out: str) -> str:

@@ -88,20 +88,8 @@ def shrink(
         check_finite(target)
     kinds = [kind for kind in KINDS if kind in how.removes]
     found = {kind: couplings(model, blocks, kind) for kind in kinds}
-    batches: list[Batch] = []
-    if how.needs:
-        if data is None:
-            raise GossamerError(f"{how} needs calibration data: give data= a text file, token ids, or 'builtin'")
-        split = lambda ids: ids.tensor_split(min(lanes, len(ids)))  # noqa: E731
-        folder, place = getattr(model, "name_or_path", ""), next(model.parameters()).device
-        batches = batches_of(data, tokenizer, seqlen, samples, sample, seed, split, folder=folder, device=place)
-        check_batches(model, batches)
-        if how.needs & {"grad", "divergence"}:
-            told, head = f"{how} looks at what the model says of the next token", getattr(model, "get_output_embeddings", None)
-            if not all("input_ids" in batch for batch in batches):
-                raise GossamerError(f"{told}, so each mapping needs input_ids")
-            if head is None or head() is None:
-                raise GossamerError(f"{told}, and {type(model).__name__} has no head")
+    folder, place = getattr(model, "name_or_path", ""), next(model.parameters()).device
+    batches = windows_of(model, how, data, tokenizer, seqlen, samples, sample, seed, lanes, folder=folder, device=place)
     if speedup is not None:
         try:
             check_ids(model, torch.zeros(tuple(at), dtype=torch.long))
@@ -150,6 +138,41 @@ def shrink(
 
 def _now(step: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     return compute()
+
+
+def windows_of(
+    model: nn.Module,
+    how: Structure,
+    data: Any,
+    tokenizer: Any,
+    seqlen: int,
+    samples: int,
+    sample: str,
+    seed: int,
+    lanes: int,
+    *,
+    folder: Any,
+    device: torch.device,
+) -> list[Batch]:
+    """Return the calibration windows that a method needs, none if it needs nothing; the model may have no weights.
+
+    Raises:
+        GossamerError: there is no data, or it does not fit the model or the method.
+    """
+    if not how.needs:
+        return []
+    if data is None:
+        raise GossamerError(f"{how} needs calibration data: give data= a text file, token ids, or 'builtin'")
+    split = lambda ids: ids.tensor_split(min(lanes, len(ids)))  # noqa: E731
+    batches: list[Batch] = batches_of(data, tokenizer, seqlen, samples, sample, seed, split, folder=folder, device=device)
+    check_batches(model, batches)
+    if how.needs & {"grad", "divergence"}:
+        told, head = f"{how} looks at what the model says of the next token", getattr(model, "get_output_embeddings", None)
+        if not all("input_ids" in batch for batch in batches):
+            raise GossamerError(f"{told}, so each mapping needs input_ids")
+        if head is None or head() is None:
+            raise GossamerError(f"{told}, and {type(model).__name__} has no head")
+    return batches
 
 
 def structure_of(method: str | Structure) -> Structure:

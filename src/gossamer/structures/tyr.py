@@ -177,7 +177,8 @@ class Tyr(Structure):
                 best = sorted(range(len(brood)), key=told.__getitem__)[:survivors]
                 brood, apart = [brood[place] for place in best], told[best[0]] if best else apart
             parent = brood[0]
-        return {"kept": torch.tensor(parent), "divergence": torch.tensor(apart), "chance": torch.tensor(chance.getstate()[1])}
+        divergence = torch.tensor(apart, dtype=torch.float64)
+        return {"kept": torch.tensor(parent), "divergence": divergence, "chance": torch.tensor(chance.getstate()[1])}
 
     def _mutated(self, groups: list[Group], parent: list[int], choices: list[list[int]], chance: random.Random) -> list[int]:
         """Return the parent with a few levels swapped between groups of one kind, size and interval."""

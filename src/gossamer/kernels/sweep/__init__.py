@@ -6,7 +6,7 @@ from torch import Tensor
 from gossamer.core.errors import GossamerError
 from gossamer.core.pattern import NM, Pattern, kept, not_finite
 from gossamer.core.stats import Stats
-from gossamer.kernels._choice import has_triton
+from gossamer.kernels._choice import choose, has_triton
 from gossamer.kernels.sweep import reference
 
 KERNELS = ("triton", "reference")
@@ -26,6 +26,9 @@ def sweep(
         damp: a fraction of the Hessian's mean diagonal.
         block: how many columns choose their mask together.
         kernel: who goes through the columns of a block: "triton" on a GPU, "reference" anywhere; "auto" chooses.
+
+    Raises:
+        GossamerError: a weight or its saliency became NaN or infinite, or the kernel cannot run here.
     """
     upper, dead, _ = stats.inverse_factor(damp)
     rows, columns = w.shape
@@ -58,6 +61,7 @@ def sweep(
 def _implementation(kernel: str, w: Tensor, step: int) -> reference.Columnwise:
     if kernel == "auto":
         kernel = "triton" if w.is_cuda and has_triton() and step <= WIDEST else "reference"
+    kernel = choose(kernel, w.device, KERNELS)
     if kernel == "triton":
         from gossamer.kernels.sweep import triton
 

@@ -43,6 +43,7 @@ def _sweep(tile, keep, upper, error, rows, columns, n: tl.constexpr, m: tl.const
                     rank += ((rival > saliency) | ((rival == saliency) & (c > i)[:, None])).to(tl.int32)
                 inside = ((c >= j) & (c < j + m))[:, None]
                 dropped = tl.where(inside, tl.where(rank < n, 0.0, inverse), dropped)
+                w = tl.where(inside & (saliency - saliency != 0.0), float("nan"), w)  # not finite: seen once all is done
         e = tl.sum(tl.where((c == j)[:, None], w * dropped, 0.0), 0)
         later = tl.load(upper + j * columns + c, mask=here & (c > j), other=0.0)
         w -= later[:, None] * e[None, :]

@@ -1,7 +1,7 @@
 """A model as a method of structure sees it: its blocks, the groups in them, and calibration that goes through them."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -32,10 +32,10 @@ class ModelSkeleton(Skeleton):
         batches: Sequence[Batch],
         device: torch.device | None,
         progress: bool | None,
-        once: Once,
+        once: Once | None = None,
     ) -> None:
         self.model, self.how, self.batches, self.device, self.progress = model, how, batches, device, progress
-        self.once = once
+        self.once = once or _now
         self.list = blocks_of(model)[1]
         self.budget = Parameters(self.parameters)
         self.rows: list[dict[str, Any]] = [{"block": index} for index in range(len(self.list))]
@@ -154,6 +154,10 @@ class ModelSkeleton(Skeleton):
 
     def note(self, block: int, **values: Any) -> None:
         self.rows[block].update(values)
+
+
+def _now(step: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    return compute()
 
 
 def _shorter(config: Any, depth: int, left: Sequence[int]) -> Any:

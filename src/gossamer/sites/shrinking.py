@@ -1,7 +1,7 @@
 """The structure site: remove whole channels, heads, blocks or ranks of a transformers model, in place."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ def shrink(
     training = model.training
     model.eval()  # dropout would blur the statistics
     before = count(model)
-    skeleton = ModelSkeleton(model, how, batches, None if device is None else torch.device(device), progress, once or _now)
+    skeleton = ModelSkeleton(model, how, batches, None if device is None else torch.device(device), progress, once)
     try:
         if batches:
             try_out(skeleton, [by_block[0] for by_block in found.values()])
@@ -134,10 +134,6 @@ def shrink(
         seconds={"total": time.perf_counter() - started},
         peak_bytes=peak_bytes(),
     )
-
-
-def _now(step: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    return compute()
 
 
 def windows_of(

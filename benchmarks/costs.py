@@ -13,6 +13,7 @@ import collections
 import gc
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -24,7 +25,7 @@ from gossamer.core.stats import Stats
 from gossamer.data import calibration
 from gossamer.models import causal_lm, resolve, tokenizer
 from gossamer.sites._job import PATTERNS
-from gossamer.sites._walk import targets
+from gossamer.sites._walk import blocks_of, targets
 
 # What a method is made of; n is the mean number of its steps, which its report tells.
 MODELS = {
@@ -45,15 +46,16 @@ def main() -> None:
     parser.add_argument("--pattern", default="2:4")
     parser.add_argument("--sparsity", type=float)
     parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--blocks", type=int, help="only the first so many blocks of the model")
     parser.add_argument("--methods", default=";".join(MODELS))
     args = parser.parse_args()
     source = resolve(args.model)
     ids = calibration(args.calibration, tokenizer(source), seqlen=512, samples=args.samples)
     pattern = parse(args.pattern, PATTERNS, "pattern")
-    parts = parts_of(causal_lm(source), pattern, args.sparsity)
+    parts = parts_of(cut(source, args.blocks), pattern, args.sparsity)
     print("| method | one pass | should take | took | ratio |\n|---|---|---|---|---|", flush=True)
     for method in args.methods.split(";"):
-        model = causal_lm(source)
+        model = cut(source, args.blocks)
         one = passes(model, ids)
         started = time.perf_counter()
         report = gossamer.prune(model, method, args.pattern, sparsity=args.sparsity, data=ids, progress=False)
@@ -66,6 +68,14 @@ def main() -> None:
         print(f"| {method} | {one:.1f} s | {what} = {wanted:.1f} s | {took:.1f} s | {took / wanted:.2f} |", flush=True)
         del model
         gc.collect()
+
+
+def cut(source: Path, blocks: int | None) -> torch.nn.Module:
+    model = causal_lm(source)
+    if blocks is not None:
+        del blocks_of(model)[1][blocks:]
+        model.config.get_text_config().num_hidden_layers = blocks
+    return model
 
 
 @torch.no_grad()

@@ -59,7 +59,8 @@ class Run:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        mistake = isinstance(error, GossamerError) and not isinstance(error.__cause__, OSError)
+        cause = error.__cause__ if isinstance(error, GossamerError) else None
+        mistake = isinstance(error, GossamerError) and not isinstance(cause, OSError)
         if error is None or mistake or not (self.folder / "state.json").exists():
             shutil.rmtree(self.folder, ignore_errors=True)
             if error is not None:
@@ -67,9 +68,8 @@ class Run:
                     for parent in self._made:
                         parent.rmdir()
         self._lock.close()
-        if mistake is False and isinstance(error, GossamerError) and str(self.folder) in str(error):
-            assert isinstance(error.__cause__, OSError)
-            raise cannot_write(self.out, error.__cause__) from error.__cause__  # what the user asked for, not where we work
+        if isinstance(cause, OSError) and str(self.folder) in str(error):
+            raise cannot_write(self.out, cause) from cause  # what the user asked for, not where we work
 
     def scratch(self) -> Path:
         """Return an empty folder for converted weights."""

@@ -4,8 +4,6 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gossamer.core.atomic import publish
 from gossamer.core.report import Report
 from gossamer.core.structure import Structure
@@ -56,14 +54,14 @@ def shrink_checkpoint(
     tokens = tokenizer(source)
     drawn: dict[str, Any] = {"data": data, "seqlen": seqlen, "samples": samples, "sample": sample, "seed": seed}
     goal: dict[str, Any] = {"sparsity": sparsity, "speedup": speedup, "at": at}
-    # Before the folder is looked at: a slip must not cost what a run before has found.
-    how_drawn = (data, tokens, seqlen, samples, sample, seed, LANES)
-    batches = windows_of(skeleton(source), how, *how_drawn, folder=source, device=torch.device("cpu"))
+    # Drawn before the folder is looked at: a slip must not cost what a run before has found.
+    batches = windows_of(skeleton(source), how, *drawn.values(), lanes=LANES, tokenizer=tokens, folder=source)
     same = {"method": repr(how), **goal, "data": digest(batches), "source": identity(source), "device": str(device)}
     with Run(Path(out), same) as run:
         model = causal_lm(source)
-        report = shrink(model, how, **goal, tokenizer=tokens, device=device, progress=progress, once=run.once, **drawn)
+        report = shrink(model, how, **goal, data=batches or None, device=device, progress=progress, once=run.once)
         report.model["name"] = name or str(source)
+        report.recipe |= {**drawn, "data": str(data)} if batches else {}
         report.recipe["command"] = command_of(report.model["name"], report.recipe, str(out))
         check_out(Path(out), source, force)  # again: another run may have finished in the meantime
         finished = run.folder / "finished"

@@ -89,7 +89,8 @@ def shrink(
     kinds = [kind for kind in KINDS if kind in how.removes]
     found = {kind: couplings(model, blocks, kind) for kind in kinds}
     folder, place = getattr(model, "name_or_path", ""), next(model.parameters()).device
-    batches = windows_of(model, how, data, tokenizer, seqlen, samples, sample, seed, lanes, folder=folder, device=place)
+    drawn = data, seqlen, samples, sample, seed
+    batches = windows_of(model, how, *drawn, lanes=lanes, tokenizer=tokenizer, folder=folder, device=place)
     if speedup is not None:
         try:
             check_ids(model, torch.zeros(tuple(at), dtype=torch.long))
@@ -123,10 +124,10 @@ def shrink(
         **latency,
     }
     asked = {"sparsity": sparsity} if speedup is None else {"speedup": speedup, "at": list(at)}
-    drawn = _drawn(data, batches, seqlen, samples, sample, seed)
+    told = _drawn(data, batches, seqlen, samples, sample, seed)
     return Report(
         kind="shrink",
-        recipe={"method": repr(how), "pattern": None, **asked, **drawn},
+        recipe={"method": repr(how), "pattern": None, **asked, **told},
         model=describe(model),
         weights=[],
         blocks=skeleton.rows,
@@ -140,15 +141,15 @@ def windows_of(
     model: nn.Module,
     how: Structure,
     data: Any,
-    tokenizer: Any,
     seqlen: int,
     samples: int,
     sample: str,
     seed: int,
-    lanes: int,
     *,
+    lanes: int,
+    tokenizer: Any,
     folder: Any,
-    device: torch.device,
+    device: torch.device | str = "cpu",
 ) -> list[Batch]:
     """Return the calibration windows that a method needs, none if it needs nothing; the model may have no weights.
 
@@ -160,7 +161,9 @@ def windows_of(
     if data is None:
         raise GossamerError(f"{how} needs calibration data: give data= a text file, token ids, or 'builtin'")
     split = lambda ids: ids.tensor_split(min(lanes, len(ids)))  # noqa: E731
-    batches: list[Batch] = batches_of(data, tokenizer, seqlen, samples, sample, seed, split, folder=folder, device=device)
+    batches: list[Batch] = batches_of(
+        data, tokenizer, seqlen, samples, sample, seed, split, folder=folder, device=torch.device(device)
+    )
     check_batches(model, batches)
     if how.needs & {"grad", "divergence"}:
         told, head = f"{how} looks at what the model says of the next token", getattr(model, "get_output_embeddings", None)

@@ -48,9 +48,9 @@ def _two_of_four(x: Tensor, values: Tensor, positions: Tensor, out: int, columns
     units = columns // 16
     if len(x) == 1:
         y = torch.empty(1, out, dtype=x.dtype, device=x.device)
-        across = min(256, max(32, triton.next_power_of_2(units)))
-        tall = 512 // across
-        _gather_pairs[(triton.cdiv(out, tall),)](x, values, positions, y, out, units, tall, across, num_warps=across // 32)
+        across = min(128, max(32, triton.next_power_of_2(units)))
+        tall = 512 // across  # four units a thread: with two, fewer bytes are on their way at a time
+        _gather_pairs[(triton.cdiv(out, tall),)](x, values, positions, y, out, units, tall, across, num_warps=4)
         return y
     groups, windows = triton.cdiv(out, TALL.value), triton.cdiv(units, UNITS.value)
     count = shares(groups, windows, x.device)

@@ -29,7 +29,7 @@ MIDDLING = {
     "sliced": Case(130, 513),
     "tiled": Case(130, 513),
 }
-ON_CPU = ("avx512", "portable", "reference")
+ON_CPU = ("avx512", "avx2", "portable", "reference")
 
 
 def name(dtype: torch.dtype) -> str:
@@ -41,10 +41,13 @@ def cases(op: str) -> tuple[Case, ...]:
 
 
 def kernels(op: str) -> list[Any]:
-    """Return what the product has on a CPU; avx512 is skipped where the processor has not got it."""
+    """Return what the product has on a CPU; avx512 and avx2 are skipped where the processor has not got them."""
     there = importlib.import_module(f"gossamer.kernels.{op}").KERNELS
-    skip = pytest.mark.skipif(not _choice.has_avx512(), reason="the processor has no AVX-512 with VBMI2")
-    return [pytest.param(k, marks=[skip] if k == "avx512" else []) for k in ON_CPU if k in there]
+    skips = {
+        "avx512": pytest.mark.skipif(not _choice.has_avx512(), reason="the processor has no AVX-512 with VBMI2"),
+        "avx2": pytest.mark.skipif(not _choice.has_avx2(), reason="the processor has no AVX2 with FMA and F16C"),
+    }
+    return [pytest.param(k, marks=[skips[k]] if k in skips else []) for k in ON_CPU if k in there]
 
 
 def every_kernel() -> list[Any]:

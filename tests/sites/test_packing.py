@@ -60,7 +60,7 @@ def test_only_zeros_are_packed(pruned: Any) -> None:
     rows = {r["name"]: r for r in report.weights}
     assert rows["model.layers.0.mlp.up_proj.weight"]["format"] == "dense"
     assert rows["model.layers.0.mlp.up_proj.weight"]["why"] == "it has no zeros"
-    assert rows["model.layers.0.mlp.down_proj.weight"]["kernel"] in ("avx512", "portable")
+    assert rows["model.layers.0.mlp.down_proj.weight"]["kernel"] in ("avx512", "avx2", "portable")
     assert isinstance(pruned.model.layers[0].mlp.up_proj, torch.nn.Linear)
 
 

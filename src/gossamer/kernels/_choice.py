@@ -10,8 +10,8 @@ from torch import Tensor
 
 from gossamer.core.errors import GossamerError
 
-# avx512 and portable are the CPU's (cpu.py), triton is the GPU's, reference runs anywhere and has gradients.
-NAMES = ("auto", "avx512", "portable", "triton", "reference")
+# avx512, avx2 and portable are the CPU's (cpu.py), triton is the GPU's, reference runs anywhere and has gradients.
+NAMES = ("auto", "avx512", "avx2", "portable", "triton", "reference")
 
 
 @cache
@@ -30,6 +30,18 @@ def has_avx512() -> bool:
     """Whether 16-bit and 32-bit values can be expanded under a mask in one instruction."""
     wanted = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vbmi2"}
     return platform.machine() in ("x86_64", "AMD64") and wanted <= cpu_features()
+
+
+@cache
+def has_avx2() -> bool:
+    """Whether eight values can be put in any order in one instruction, as most x86-64 processors since 2013 can."""
+    return platform.machine() in ("x86_64", "AMD64") and {"avx2", "fma", "f16c", "popcnt"} <= cpu_features()
+
+
+@cache
+def has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 by itself; otherwise torch's products of it take several times float32's time."""
+    return bool({"avx512bf16", "amx-bf16", "bf16"} & cpu_features())
 
 
 @cache
@@ -53,16 +65,21 @@ def choose(kernel: str, device: torch.device, there: Collection[str]) -> str:
         if device.type == "cuda" and "triton" in there and has_triton():
             return "triton"
         if device.type == "cpu":
-            return "avx512" if "avx512" in there and has_avx512() else "portable"
+            runs = {"avx512": has_avx512(), "avx2": has_avx2()}
+            return next((name for name, can in runs.items() if can and name in there), "portable")
         return "reference"
     if kernel not in NAMES:
         raise GossamerError(f"unknown kernel {kernel!r}; known: {', '.join(NAMES)}")
     if kernel not in there:
         raise GossamerError(f"this format has no kernel {kernel!r}; it has {', '.join(there)}")
-    if kernel in ("avx512", "portable") and device.type != "cpu":
+    if kernel in ("avx512", "avx2", "portable") and device.type != "cpu":
         raise GossamerError(f"the kernel {kernel!r} runs on the CPU, and the weight is on {device}")
     if kernel == "avx512" and not has_avx512():
         raise GossamerError("the kernel 'avx512' needs AVX-512 with VBMI2, which this processor has not; 'portable' runs here")
+    if kernel == "avx2" and not has_avx2():
+        raise GossamerError(
+            "the kernel 'avx2' needs AVX2 with FMA and F16C, which this processor has not; 'portable' runs here"
+        )
     if kernel == "triton" and not has_triton():
         raise GossamerError("the kernel 'triton' needs the package triton, which is not installed; 'auto' does without it")
     if kernel == "triton" and device.type != "cuda":

@@ -1,9 +1,10 @@
 """What Numba does not have: raw pointers, an atomic counter, 16-bit floats.
 
-With `_avx512` and `_avx512_listed` the only file that writes LLVM. Pointers are int64 addresses; `Kind` says what the values
-are and how they are multiplied.
+With `_avx512`, `_avx512_listed` and `_avx2` the only file that writes LLVM. Pointers are int64 addresses; `Kind` says what the
+values are and how they are multiplied.
 """
 
+import platform
 from enum import IntEnum
 from typing import Any
 
@@ -11,6 +12,8 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from gossamer.kernels._choice import cpu_features
 
 
 class Kind(IntEnum):
@@ -105,6 +108,18 @@ def _loader(kind: Any) -> Any:
 load_i64, load_i32, load_u16, load_u8 = (_loader(kind) for kind in (_I64, _I32, _I16, _I8))
 
 
+def _from_half(builder: Any, raw: Any) -> Any:
+    """A float16's bits as float32. Without F16C LLVM would call a function for it that is in no library here."""
+    if platform.machine() not in ("x86_64", "AMD64") or "f16c" in cpu_features():
+        return builder.fpext(builder.bitcast(raw, ir.HalfType()), _F32)
+    bits = builder.zext(raw, _I32)
+    moved = builder.bitcast(builder.shl(builder.and_(bits, _I32(0x7FFF)), _I32(13)), _F32)
+    size = builder.bitcast(builder.fmul(moved, _F32(2.0**112)), _I32)  # exponents begin 112 later; subnormals come right too
+    endless = builder.icmp_unsigned(">=", builder.and_(bits, _I32(0x7FFF)), _I32(0x7C00))  # infinite, or NaN
+    size = builder.select(endless, builder.or_(size, _I32(0x7F800000)), size)
+    return builder.bitcast(builder.or_(size, builder.shl(builder.and_(bits, _I32(0x8000)), _I32(16))), _F32)
+
+
 @intrinsic
 def load_float(typingctx: Any, base: Any, index: Any, kind: Any) -> Any:
     """Entry ``index`` of an array of `Kind` ``kind`` (known only at run time), as float32."""
@@ -118,7 +133,7 @@ def load_float(typingctx: Any, base: Any, index: Any, kind: Any) -> Any:
                 builder.store(builder.load(_entry(builder, base, index, _F32)), result)
             with otherwise:
                 raw = builder.load(_entry(builder, base, index, _I16))
-                half = builder.fpext(builder.bitcast(raw, ir.HalfType()), _F32)
+                half = _from_half(builder, raw)
                 brain = builder.bitcast(builder.shl(builder.zext(raw, _I32), _I32(16)), _F32)
                 builder.store(builder.select(builder.icmp_signed("==", kind, _I64(Kind.F16)), half, brain), result)
         return builder.load(result)

@@ -13,6 +13,7 @@ from numba import njit, types
 from torch import Tensor
 
 from gossamer.kernels import _team
+from gossamer.kernels._choice import has_bfloat16
 from gossamer.kernels._simd import Kind, address, call, clear_bits, load_f32, load_float, load_i64, store_f32, take
 
 FEW = 12
@@ -120,7 +121,8 @@ def _by_tiles(
     tile = _room(tall * height * columns * dtype.itemsize).view(dtype).view(tall * height, columns)
     y = torch.empty(len(x), count * height, dtype=x.dtype)
     wide = torch.promote_types(x.dtype, dtype)
-    x = x.to(torch.float32 if wide == torch.float16 else wide)  # torch's product in float16 is several times slower
+    slow = wide == torch.float16 or (wide == torch.bfloat16 and not has_bfloat16())  # several times, in torch's product
+    x = x.to(torch.float32 if slow else wide)
     for first in range(0, count, tall):
         units = min(tall, count - first)
         work = units * height * columns

@@ -7,7 +7,7 @@ from gossamer.kernels._choice import choose, needs_gradient
 from gossamer.kernels._inputs import flat
 from gossamer.kernels.bitmask import reference
 
-KERNELS = ("triton", "avx512", "portable", "reference")
+KERNELS = ("triton", "avx512", "avx2", "portable", "reference")
 
 torch.library.define(
     "gossamer::bitmask_linear",
@@ -26,7 +26,7 @@ def _compute(x: Tensor, values: Tensor, bits: Tensor, offsets: Tensor, columns: 
         return reference.linear(x, values, bits, offsets, columns)
     from gossamer.kernels.bitmask import cpu
 
-    return cpu.product(x, values, bits, offsets, columns, avx512=kernel == "avx512")
+    return cpu.product(x, values, bits, offsets, columns, kernel)
 
 
 @torch.library.register_fake("gossamer::bitmask_linear")

@@ -9,7 +9,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from gossamer.kernels import _team, _tiles
+from gossamer.kernels import _avx2, _team, _tiles
 from gossamer.kernels._avx512 import masked_dot, masked_expand
 from gossamer.kernels._choice import cpu_features
 from gossamer.kernels._simd import (
@@ -28,10 +28,11 @@ from gossamer.kernels._simd import (
 )
 from gossamer.kernels.bitmask import cpu_listed
 
-FEW = 24  # inputs that are multiplied with a row spread in registers; more, with rows made dense
+# Inputs that are multiplied with a row spread in registers; more, with rows made dense.
+FEW = {"avx512": 24, "avx2": 64, "portable": 24}
 
 # A job's entries, all int64. 0 to 2: what `_team.share` writes, of rows. 3 to 8: columns, bits, bytes a row of bits, values,
-# offsets, `Kind`. 9 to 13: x, bytes a row of x, batch, y (float32), bytes a row of y.
+# offsets, `Kind`. 9 to 14: x, bytes a row of x, batch, y (float32), bytes a row of y, how many values there are.
 
 
 @njit(inline="always")
@@ -81,6 +82,76 @@ def _spread_dot(pointer):  # type: ignore[no-untyped-def]
             _some_rows(0, n, line, stride, values, begin, x, xs, columns, batch, to, ys)
 
 
+@njit(inline="always")
+def _some_rows_by_eight(kind, count, bits, stride, values, offsets, x, xs, columns, batch, y, ys):  # type: ignore[no-untyped-def]
+    """`_some_rows` in AVX2, which has half the registers."""
+    tall = 4 if batch == 1 else 2 if batch == 4 else 1
+    apart = count // tall
+    for r in range(apart):
+        line, begin, to = bits + r * stride, offsets + 8 * r, y + 4 * r
+        if batch == 1:
+            _avx2.masked_dot(kind, 4, 1, apart, line, stride, values, begin, x, xs, columns, to, ys)
+        elif batch == 4:
+            _avx2.masked_dot(kind, 2, 4, apart, line, stride, values, begin, x, xs, columns, to, ys)
+        else:
+            for b in range(0, batch, 8):
+                _avx2.masked_dot(kind, 1, 8, apart, line, stride, values, begin, x + b * xs, xs, columns, to + b * ys, ys)
+    for r in range(apart * tall, count):
+        line, begin, to = bits + r * stride, offsets + 8 * r, y + 4 * r
+        if batch == 1:
+            _avx2.masked_dot(kind, 1, 1, 0, line, stride, values, begin, x, xs, columns, to, ys)
+        else:
+            _avx2.masked_dot(kind, 1, 4, 0, line, stride, values, begin, x, xs, columns, to, ys)
+
+
+@_team.compiled(_team.JOB)
+def _spread_by_eight(pointer):  # type: ignore[no-untyped-def]
+    job = address(pointer)
+    rows, task, columns, bits, stride = load_i64(job, 1), load_i64(job, 2), load_i64(job, 3), load_i64(job, 4), load_i64(job, 5)
+    values, offsets, kind, x, xs = load_i64(job, 6), load_i64(job, 7), load_i64(job, 8), load_i64(job, 9), load_i64(job, 10)
+    batch, y, ys, kept = load_i64(job, 11), load_i64(job, 12), load_i64(job, 13), load_i64(job, 14)
+    while True:
+        low = take(job) * task
+        if low >= rows:
+            return
+        n = min(task, rows - low)
+        while n and load_i64(offsets, low + n) + _avx2.LANES > kept:  # a load of eight would end after the last value
+            n -= 1
+        line, begin, to = bits + low * stride, offsets + 8 * low, y + 4 * low
+        if kind == 2:
+            _some_rows_by_eight(2, n, line, stride, values, begin, x, xs, columns, batch, to, ys)
+        elif kind == 1:
+            _some_rows_by_eight(1, n, line, stride, values, begin, x, xs, columns, batch, to, ys)
+        else:
+            _some_rows_by_eight(0, n, line, stride, values, begin, x, xs, columns, batch, to, ys)
+        _plain_rows(low + n, min(rows, low + task), bits, stride, values, offsets, kind, x, xs, columns, batch, y, ys)
+
+
+@njit
+def _plain_rows(low, high, bits, stride, values, offsets, kind, x, xs, columns, batch, y, ys):  # type: ignore[no-untyped-def]
+    """Multiply rows with every input, value by value."""
+    for r in range(low, high):
+        for b in range(0, batch, 4):  # four inputs at a time; the last ones again where there are fewer
+            b0, b1, b2, b3 = b, min(b + 1, batch - 1), min(b + 2, batch - 1), min(b + 3, batch - 1)
+            s0 = s1 = s2 = s3 = np.float32(0)
+            at = load_i64(offsets, r)
+            for byte in range((columns + 7) // 8):
+                word = load_u8(bits, r * stride + byte)
+                while word:
+                    column = byte * 8 + lowest(word)
+                    word &= word - 1
+                    w = load_float(values, at, kind)
+                    at += 1
+                    s0 += w * load_f32(x + b0 * xs, column)
+                    s1 += w * load_f32(x + b1 * xs, column)
+                    s2 += w * load_f32(x + b2 * xs, column)
+                    s3 += w * load_f32(x + b3 * xs, column)
+            store_f32(y + b3 * ys, r, s3)
+            store_f32(y + b2 * ys, r, s2)
+            store_f32(y + b1 * ys, r, s1)
+            store_f32(y + b0 * ys, r, s0)
+
+
 @_team.compiled(_team.JOB)
 def _portable(pointer):  # type: ignore[no-untyped-def]
     job = address(pointer)
@@ -91,26 +162,7 @@ def _portable(pointer):  # type: ignore[no-untyped-def]
         low = take(job) * task
         if low >= rows:
             return
-        for r in range(low, min(rows, low + task)):
-            for b in range(0, batch, 4):  # four inputs at a time; the last ones again where there are fewer
-                b0, b1, b2, b3 = b, min(b + 1, batch - 1), min(b + 2, batch - 1), min(b + 3, batch - 1)
-                s0 = s1 = s2 = s3 = np.float32(0)
-                at = load_i64(offsets, r)
-                for byte in range((columns + 7) // 8):
-                    word = load_u8(bits, r * stride + byte)
-                    while word:
-                        column = byte * 8 + lowest(word)
-                        word &= word - 1
-                        w = load_float(values, at, kind)
-                        at += 1
-                        s0 += w * load_f32(x + b0 * xs, column)
-                        s1 += w * load_f32(x + b1 * xs, column)
-                        s2 += w * load_f32(x + b2 * xs, column)
-                        s3 += w * load_f32(x + b3 * xs, column)
-                store_f32(y + b3 * ys, r, s3)
-                store_f32(y + b2 * ys, r, s2)
-                store_f32(y + b1 * ys, r, s1)
-                store_f32(y + b0 * ys, r, s0)
+        _plain_rows(low, min(rows, low + task), bits, stride, values, offsets, kind, x, xs, columns, batch, y, ys)
 
 
 @_team.compiled(_tiles.SPREAD)
@@ -134,24 +186,30 @@ def _spread(operands, row, to):  # type: ignore[no-untyped-def]
             at += 1
 
 
-def product(x: Tensor, values: Tensor, bits: Tensor, offsets: Tensor, columns: int, *, avx512: bool) -> Tensor:
-    """Return x Wᵀ, (batch, out), in x's dtype, for x of (batch, in)."""
+def product(x: Tensor, values: Tensor, bits: Tensor, offsets: Tensor, columns: int, kernel: str) -> Tensor:
+    """Return x Wᵀ, (batch, out), in x's dtype, for x of (batch, in), by a kernel of `JOBS`."""
     rows, stride = bits.shape
+    avx512 = kernel == "avx512"
     kind = _kind(x.dtype, values.dtype, avx512)
     matrix = columns, bits.data_ptr(), stride, values.data_ptr(), offsets.data_ptr(), int(kind)
     work = len(values) * len(x) + rows
-    if avx512 and cpu_listed.pays(len(values) / max(rows * columns, 1), len(x), FEW):
+    if avx512 and cpu_listed.pays(len(values) / max(rows * columns, 1), len(x), FEW[kernel]):
         return cpu_listed.product(x, rows, columns, kind, work, matrix).to(x.dtype)
-    if len(x) > FEW:
+    if len(x) > FEW[kernel]:
         own = bits.data_ptr(), stride, offsets.data_ptr(), int(avx512)
         return _tiles.product(x, _spread, rows, 1, columns, values, *own)
+    job, lanes, inputs = JOBS[kernel]
     wide = torch.float32 if kind != Kind.BF16_DOT else torch.bfloat16
-    batch = len(x) if not avx512 or len(x) <= 1 else -(-len(x) // 4) * 4
-    padded = torch.nn.functional.pad(x.to(wide), (0, -columns % 32 if avx512 else 0, 0, batch - len(x))).contiguous()
-    y = torch.empty(batch, rows, dtype=torch.float32)
-    inputs = padded.data_ptr(), padded.stride(0) * wide.itemsize, batch, y.data_ptr(), rows * 4
-    _team.share(_spread_dot if avx512 else _portable, rows, work, *matrix, *inputs)
+    each = 1 if len(x) == 1 else min(inputs, 4) if len(x) <= 4 else inputs
+    padded = torch.nn.functional.pad(x.to(wide), (0, -columns % lanes, 0, -len(x) % each)).contiguous()
+    y = torch.empty(len(padded), rows, dtype=torch.float32)
+    xs = padded.data_ptr(), padded.stride(0) * wide.itemsize, len(padded)
+    _team.share(job, rows, work, *matrix, *xs, y.data_ptr(), rows * 4, len(values))
     return y[: len(x)].to(x.dtype)
+
+
+# The job of each kernel, how many columns x has a multiple of, and how many inputs where there are more than 4.
+JOBS = {"avx512": (_spread_dot, 32, 4), "avx2": (_spread_by_eight, _avx2.LANES, 8), "portable": (_portable, 1, 1)}
 
 
 def _kind(x: torch.dtype, values: torch.dtype, avx512: bool) -> Kind:

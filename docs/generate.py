@@ -4,6 +4,7 @@ import json
 import math
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,8 @@ def _rows(found: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 def _group(rows: list[dict[str, Any]], dense: dict[str, Any]) -> str:
     tasks = list(dense["tasks"] or {})
     named = [task.removesuffix("_local") for task in tasks]
-    head = ["method", "how", "perplexity", "× dense", "spread", *named, "seconds", "passes", "peak memory", "decoding"]
+    head = ["method", "how", "perplexity", "× dense", "spread", *named, "seconds", "passes", "peak memory", "decoding", "on"]
+    usual = Counter(row["machine"] for row in rows).most_common(1)[0][0]
     lines = []
     for row in rows:
         finite = row["perplexity"] is not None
@@ -79,32 +81,40 @@ def _group(rows: list[dict[str, Any]], dense: dict[str, Any]) -> str:
             [
                 f"`{row['method']}`",
                 row["how"],
-                f"{row['perplexity']:,.2f}" if finite else "not finite",
-                f"{row['perplexity'] / row['dense']:,.2f}" if finite else "",
+                _figure(row["perplexity"]) if finite else "not finite",
+                _figure(row["perplexity"] / row["dense"]) if finite else "",
                 f"{row['spread']:.2f} ({row['seeds']})" if row["spread"] is not None else "",
                 *(f"{row['tasks'][task]:.1%}" if task in row["tasks"] else "" for task in tasks),
                 f"{row['seconds']:.0f}",
                 f"{row['seconds'] / row['pass']:.1f}" if row["pass"] else "",
                 f"{row['peak_bytes'] / 1e9:.2f} GB",
                 f"{row['speed']:.2f}x" if row["speed"] else "",
+                row["machine"] if row["machine"] != usual else "",
             ]
         )
     return _lines(head, lines)
 
 
+def _figure(value: float) -> str:
+    return f"{value:,.2f}" if value < 1e6 else f"{value:.1e}".replace("e+0", "e").replace("e+", "e")
+
+
 def orderings() -> str:
-    """Return which orderings that are claimed hold here, of claims.toml and methods.json."""
+    """Return which orderings that are claimed hold here, of claims.toml and methods.json.
+
+    Two whose means differ by less than the draws of either do are level.
+    """
     wanted = tomllib.loads((ROOT / "docs" / "claims.toml").read_text(encoding="utf-8"))["orderings"]
     tables = _rows(json.loads((ROOT / "docs" / "methods.json").read_text(encoding="utf-8")))
     rows = []
     for one in wanted:
-        pair = [
-            next((row["perplexity"] for row in tables.get(one["at"], []) if _name(row) == name), None)
-            for name in (one["below"], one["above"])
-        ]
+        pair = [row for name in (one["below"], one["above"]) for row in tables.get(one["at"], []) if _name(row) == name]
         here, holds = "not measured", ""
-        if None not in pair:
-            here, holds = f"{pair[0]:,.2f} and {pair[1]:,.2f}", "yes" if pair[0] < pair[1] else "**no**"
+        if len(pair) == 2:
+            low, high = (row["perplexity"] for row in pair)
+            here, holds = f"{low:,.2f} and {high:,.2f}", "yes" if low < high else "**no**"
+            if abs(high - low) < max(row["spread"] or 0 for row in pair):
+                holds = "level"
         rows.append([f"`{one['below']}` below `{one['above']}`", one["at"], one["source"], here, holds])
     return _lines(["claim", "at", "whose", "here", "holds"], rows)
 

@@ -65,8 +65,9 @@ def choose(kernel: str, device: torch.device, there: Collection[str]) -> str:
         if device.type == "cuda" and "triton" in there and has_triton():
             return "triton"
         if device.type == "cpu":
-            runs = {"avx512": has_avx512(), "avx2": has_avx2()}
-            return next((name for name, can in runs.items() if can and name in there), "portable")
+            if "avx512" in there and has_avx512():
+                return "avx512"
+            return "avx2" if "avx2" in there and has_avx2() else "portable"
         return "reference"
     if kernel not in NAMES:
         raise GossamerError(f"unknown kernel {kernel!r}; known: {', '.join(NAMES)}")

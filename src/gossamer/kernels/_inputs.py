@@ -15,4 +15,4 @@ def flat(x: Tensor, columns: int) -> Tensor:
     """
     if x.shape[-1:] != (columns,):
         raise GossamerError(f"the weight takes inputs (..., {columns}), not {tuple(x.shape)}")
-    return x.reshape(math.prod(x.shape[:-1]), columns)
+    return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), columns)

@@ -14,7 +14,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from numba import cfunc, types
 
@@ -93,22 +92,17 @@ def share(job: Compiled, count: int, work: int, *operands: int) -> None:
     """
     threads = torch.get_num_threads() if work > SMALL else 1
     each = max(-(-count // (8 * threads)), 1)  # some tasks a thread, so that none waits long for another
-    run(job.address, np.array([0, count, each, *operands], dtype=np.int64), threads)
-
-
-def run(address: int, job: "np.ndarray[tuple[int], np.dtype[np.int64]]", threads: int) -> None:
-    """Run a job on ``threads`` threads and wait for it.
-
-    Args:
-        address: of a C function ``void (void *)``.
-        job: its argument, int64; entry 0 is the counter by which the threads share the work.
-        threads: how many at most; 1 runs it here.
-    """
-    pointer = job.ctypes.data
+    entries = (ctypes.c_int64 * (3 + len(operands)))(0, count, each, *operands)
+    address, pointer = job.address, ctypes.addressof(entries)
     if threads <= 1 or _forked:
-        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)(pointer)
+        _function(address)(pointer)
     elif (gomp := _gomp()) is not None:
         gomp(address, pointer, threads, 0)
     else:
-        call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
+        call = _function(address)
         list(_pool(threads).map(lambda _: call(pointer), range(threads)))
+
+
+@cache
+def _function(address: int) -> Callable[[int], None]:
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)

@@ -53,4 +53,4 @@ def linear(x: Tensor, values: Tensor, bits: Tensor, offsets: Tensor, columns: in
         y = reference.linear(rows, values, bits, offsets, columns)
     else:
         y = torch.ops.gossamer.bitmask_linear(rows, values, bits, offsets, columns, kernel)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1])

@@ -188,24 +188,28 @@ def _spread(operands, row, to):  # type: ignore[no-untyped-def]
 
 def product(x: Tensor, values: Tensor, bits: Tensor, offsets: Tensor, columns: int, kernel: str) -> Tensor:
     """Return x Wᵀ, (batch, out), in x's dtype, for x of (batch, in), by a kernel of `JOBS`."""
-    rows, stride = bits.shape
+    (rows, stride), batch, kept = bits.shape, x.shape[0], values.shape[0]
     avx512 = kernel == "avx512"
     kind = _kind(x.dtype, values.dtype, avx512)
     matrix = columns, bits.data_ptr(), stride, values.data_ptr(), offsets.data_ptr(), int(kind)
-    work = len(values) * len(x) + rows
-    if avx512 and cpu_listed.pays(len(values) / max(rows * columns, 1), len(x), FEW[kernel]):
+    work = kept * batch + rows
+    if avx512 and cpu_listed.pays(kept / max(rows * columns, 1), batch, FEW[kernel]):
         return cpu_listed.product(x, rows, columns, kind, work, matrix).to(x.dtype)
-    if len(x) > FEW[kernel]:
+    if batch > FEW[kernel]:
         own = bits.data_ptr(), stride, offsets.data_ptr(), int(avx512)
         return _tiles.product(x, _spread, rows, 1, columns, values, *own)
     job, lanes, inputs = JOBS[kernel]
+    each = 1 if batch == 1 else min(inputs, 4) if batch <= 4 else inputs
     wide = torch.float32 if kind != Kind.BF16_DOT else torch.bfloat16
-    each = 1 if len(x) == 1 else min(inputs, 4) if len(x) <= 4 else inputs
-    padded = torch.nn.functional.pad(x.to(wide), (0, -columns % lanes, 0, -len(x) % each)).contiguous()
-    y = torch.empty(len(padded), rows, dtype=torch.float32)
-    xs = padded.data_ptr(), padded.stride(0) * wide.itemsize, len(padded)
-    _team.share(job, rows, work, *matrix, *xs, y.data_ptr(), rows * 4, len(values))
-    return y[: len(x)].to(x.dtype)
+    xs = _padded(x if x.dtype == wide else x.to(wide), -batch % each, -columns % lanes)
+    y = torch.empty(xs.shape[0], rows, dtype=torch.float32)
+    inputs_and_sums = xs.data_ptr(), xs.stride(0) * wide.itemsize, xs.shape[0], y.data_ptr(), rows * 4
+    _team.share(job, rows, work, *matrix, *inputs_and_sums, kept)
+    return y[:batch].to(x.dtype)
+
+
+def _padded(x: Tensor, below: int, beside: int) -> Tensor:
+    return torch.nn.functional.pad(x, (0, beside, 0, below)) if below or beside else x.contiguous()
 
 
 # The job of each kernel, how many columns x has a multiple of, and how many inputs where there are more than 4.

@@ -509,7 +509,7 @@ BAD: dict[str, tuple[Callable[[Path], Any] | None, list[str], str]] = {
     "report of another": (writes("a.json", '{"a": 1}'), ["report", "{tmp}/a.json", "-o", "{tmp}/p.html"], "report"),
     "report of a list": (writes("a.json", "[]"), ["report", "{tmp}/a.json", "-o", "{tmp}/p.html"], "report"),
     "report in use": (writes("p.html", "mine"), ["report", "{tmp}/a.json", "-o", "{tmp}/p.html"], "p.html exists; .*--force"),
-    "ls": (None, ["ls", "methods"], "'methods' is not one of 'scores'"),
+    "ls": (None, ["ls", "methods"], "value for 'kind': 'methods' is not one of 'scores'"),
 }  # fmt: skip
 
 

@@ -39,7 +39,7 @@ def main() -> None:
             if type(error).__name__ == "Abort":  # what the option parser makes of an interrupt
                 interrupted()
             raise
-        fail(error.format_message())
+        fail(error.format_message().replace(": Value error, ", ": "))  # some of them come through pydantic, which says so
     if status == 130:  # or that
         interrupted()
     sys.exit(status if isinstance(status, int) else 0)

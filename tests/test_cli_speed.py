@@ -42,10 +42,12 @@ def pruned(tiny_dir: Path, tmp_path: Path) -> Path:
 
 
 def test_bench_prints_and_writes(run: Any, pruned: Path, tmp_path: Path) -> None:
-    status, out, _ = run("bench", pruned, "--batch", "1,2", "--context", "8", "--json", tmp_path / "b.json", "--quiet")
+    asked = "--batch", "1,2", "--context", "8", "--prompt", "24", "--json", tmp_path / "b.json"
+    status, out, _ = run("bench", pruned, *asked, "--quiet")
     assert status == 0
     found = json.loads((tmp_path / "b.json").read_text())
     assert found["kind"] == "bench"
+    assert found["prefill"]["tokens"] == 24 and "prefill of 24" in out
     assert {r["sparsity"] for r in found["products"]} == {0.7}
     for word in ("byte limit", "faster from a sparsity of", "decode, batch 2", "prefill of", found["said"]):
         assert word in out
@@ -96,6 +98,7 @@ def test_generate_writes_the_tokens_of_transformers(run: Any, pruned: Path) -> N
         (["bench", "{pruned}", "--config", "llama-1b"], "and not both"),
         (["bench", "{dense}"], "there is nothing to bench: the model has no zeros"),
         (["bench", "{pruned}", "--batch", "0"], "--batch wants positive numbers"),
+        (["bench", "{pruned}", "--prompt", "0"], "'--prompt'"),
         (["bench", "{pruned}", "--dtype", "int8"], "--dtype is bfloat16, float16, float32"),
         (["bench", "{pruned}", "--device", "cuda"], "cannot be used here"),
         (["bench", "--config", "llama-9b"], "no configuration llama-9b"),

@@ -44,7 +44,10 @@ def bench(
         str | None, typer.Option(metavar="SPEC", help="what the zeros follow: 2:4, 4x1; unstructured if left out")
     ] = None,
     batch: Batch = "1",
-    context: Annotated[int, typer.Option(help="tokens a sequence holds while it is decoded")] = 128,
+    context: Annotated[int, typer.Option(min=1, help="tokens a sequence holds while it is decoded")] = 128,
+    prompt: Annotated[
+        int, typer.Option(min=1, help="tokens of the prompt that is timed; fewer where that takes minutes")
+    ] = 512,
     edges: Annotated[bool, typer.Option(help="look for the sparsity from which each shape is faster")] = True,
     dtype: Dtype = None,
     device: Device = None,
@@ -63,18 +66,17 @@ def bench(
     check_file(to_json)
     kind = _dtype(dtype)
     documents: list[dict[str, Any]] = []
+    how: dict[str, Any] = {"pattern": pattern, "batch": batches, "context": context, "prefill": prompt, "edges": edges}
     if model is not None:
         loaded = causal_lm(resolve(model, say=speaker(quiet)), kind or "auto", where)
-        documents.append(run(loaded, pattern=pattern, batch=batches, context=context, edges=edges, progress=progress_of(quiet)))
+        documents.append(run(loaded, **how, progress=progress_of(quiet)))
     else:
         config = config_of(shape)  # type: ignore[arg-type]
         for fraction in fractions(sparsity):
             speaker(quiet)(f"{shape}, random weights, sparsity {fraction:g}")
             random = random_model(config, kind or _bfloat16(), where)
             mask_at_random(random, fraction, pattern)
-            documents.append(
-                run(random, pattern=pattern, batch=batches, context=context, edges=edges, progress=progress_of(quiet))
-            )
+            documents.append(run(random, **how, progress=progress_of(quiet)))
             del random
     for document in documents:
         print_bench(document)

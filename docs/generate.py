@@ -108,12 +108,13 @@ def orderings() -> str:
     tables = _rows(json.loads((ROOT / "docs" / "methods.json").read_text(encoding="utf-8")))
     rows = []
     for one in wanted:
-        pair = [row for name in (one["below"], one["above"]) for row in tables.get(one["at"], []) if _name(row) == name]
+        there = [row for row in tables.get(one["at"], []) if row["perplexity"] is not None]
+        below, above = (next((row for row in there if _name(row) == one[side]), None) for side in ("below", "above"))
         here, holds = "not measured", ""
-        if len(pair) == 2:
-            low, high = (row["perplexity"] for row in pair)
+        if below and above:
+            low, high = below["perplexity"], above["perplexity"]
             here, holds = f"{low:,.2f} and {high:,.2f}", "yes" if low < high else "**no**"
-            if abs(high - low) < max(row["spread"] or 0 for row in pair):
+            if abs(high - low) < max(below["spread"] or 0, above["spread"] or 0):
                 holds = "level"
         rows.append([f"`{one['below']}` below `{one['above']}`", one["at"], one["source"], here, holds])
     return _lines(["claim", "at", "whose", "here", "holds"], rows)

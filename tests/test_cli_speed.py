@@ -47,7 +47,8 @@ def test_bench_prints_and_writes(run: Any, pruned: Path, tmp_path: Path) -> None
     assert status == 0
     found = json.loads((tmp_path / "b.json").read_text())
     assert found["kind"] == "bench"
-    assert found["prefill"]["tokens"] == 24 and "prefill of 24" in out
+    assert found["prefill"]["tokens"] == 24
+    assert "prefill of 24" in out
     assert {r["sparsity"] for r in found["products"]} == {0.7}
     for word in ("byte limit", "faster from a sparsity of", "decode, batch 2", "prefill of", found["said"]):
         assert word in out

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,16 @@ def test_entries_are_kept_and_forgotten(tmp_path: Path, monkeypatch: pytest.Monk
     assert again.missing([SMALL]) == []
     assert again.forget() == 1
     assert Table(path=tmp_path / "t.json").missing([SMALL]) == [SMALL]
+
+
+def test_another_kernel_than_would_run_now_is_measured_again(tmp_path: Path) -> None:
+    table = Table(path=tmp_path / "t.json")
+    packed = replace(SMALL, format="Bitmask", sparsity=0.5)
+    assert table[packed]["kernel"] in ("avx512", "avx2", "portable")
+    assert table[SMALL]["kernel"] == "torch"
+    text = (tmp_path / "t.json").read_text()
+    (tmp_path / "t.json").write_text(text.replace(f'"{table[packed]["kernel"]}"', '"older"'))
+    assert Table(path=tmp_path / "t.json").missing([SMALL, packed]) == [packed]
 
 
 def test_what_is_measured_beside_other_work_does_not_decide_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -204,7 +204,13 @@ class Table:
         here = environment()
         machine = here["accelerator"] if self.device.type == "cuda" else f"{here['cpu']}, {here['threads']} threads"
         self.key = f"{machine}; torch {here['torch']}; gossamer {here['gossamer']}"
-        self.entries: dict[str, dict[str, Any]] = self._file().get(self.key, {})
+        found: dict[str, dict[str, Any]] = self._file().get(self.key, {})
+        self.entries = {name: entry for name, entry in found.items() if self._holds(name, entry)}
+
+    def _holds(self, name: str, entry: dict[str, Any]) -> bool:
+        """Return whether the kernel that was measured is the one that would run now."""
+        layout = FORMATS.get(json.loads(name).get("format")) if name.startswith("{") else None
+        return layout is None or entry.get("kernel") == choose("auto", self.device, layout.kernels)
 
     def _file(self) -> dict[str, Any]:
         found = read_json(self.path) if self.path.exists() else {}

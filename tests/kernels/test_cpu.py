@@ -23,9 +23,10 @@ from torch.utils.data import DataLoader, Dataset
 from gossamer.core.errors import GossamerError
 from gossamer.core.format import DTYPES, Format
 from gossamer.core.pattern import NM, Block, Pattern, Unstructured
+from gossamer.formats import Bitmask
 from gossamer.kernels import _choice, _team
 from gossamer.kernels._cases import BATCHES, Case
-from tests.kernels.products import DTYPE_IDS, FORMATS, MIDDLING, cases, check, every_kernel, inputs, matrix, packed
+from tests.kernels.products import DTYPE_IDS, FORMATS, MIDDLING, cases, check, every_kernel, inputs, kernels, matrix, packed
 
 FEW, MANY = 3, 70  # inputs that go through a product of their own, and that go through torch's
 
@@ -121,9 +122,10 @@ def weights(draw: st.DrawFn) -> tuple[type[Format], Tensor, Tensor, Pattern]:
 
 
 @settings(max_examples=150, deadline=None)
-@given(weights(), st.integers(0, 70), st.sampled_from(["auto", "portable"]))
+@given(weights(), st.integers(0, 70), st.sampled_from(["auto", "portable", *(["avx2"] if _choice.has_avx2() else [])]))
 def test_any_mask_of_any_density(weight: tuple[type[Format], Tensor, Tensor, Pattern], batch: int, kernel: str) -> None:
     layout, dense, mask, pattern = weight
+    kernel = kernel if kernel in layout.kernels else "portable"
     x = inputs(batch, dense.shape[1], dense.dtype)
     with poisoned():
         y = layout.pack(dense, mask, pattern).linear(x, kernel)
@@ -191,12 +193,53 @@ OLDER = "+popcnt,+sse4.2,+sse4.1,+ssse3,+sse3"
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="these are x86-64 processors")
 @pytest.mark.parametrize(
     ("name", "features", "said"),
-    [("haswell", f"+avx2,+fma,+f16c,+bmi,+bmi2,+avx,{OLDER}", "False True"), ("nehalem", OLDER, "False False")],
+    [
+        ("haswell", f"+avx2,+fma,+f16c,+bmi,+bmi2,+avx,{OLDER}", "False True"),
+        ("nehalem", OLDER, "False False"),
+        ("", "", "False False"),  # this one, told to do without AVX
+    ],
 )
 def test_an_old_processor_never_compiles_what_it_has_not(name: str, features: str, said: str, tmp_path: Path) -> None:
-    told = {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features, "NUMBA_CACHE_DIR": str(tmp_path)}
+    told = {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features} if name else {"NUMBA_ENABLE_AVX": "0"}
+    told |= {"NUMBA_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", OLD], env=os.environ | told, capture_output=True, text=True)
     assert done.stdout == f"{said}\n", done.stderr
+
+
+@pytest.mark.parametrize("kernel", kernels("bitmask"))
+@pytest.mark.parametrize(**DTYPE_IDS)
+def test_what_is_not_a_number_stays_in_its_row(kernel: str, dtype: torch.dtype) -> None:
+    """Rows that keep nothing of their last columns, before rows that begin with NaN or are endless."""
+    dense = torch.randn(12, 33).to(dtype)
+    dense[:, 20:] = 0
+    dense[1::4, 0], dense[3::4, 0] = torch.nan, torch.inf
+    for batch in (1, 2, 8):
+        x = inputs(batch, 33, dtype).abs() + 1
+        y = Bitmask.pack(dense).linear(x, kernel)
+        assert y[:, 0::2].isfinite().all()
+        assert y[:, 1::4].isnan().all()
+        assert y[:, 3::4].isinf().all()
+
+
+@pytest.mark.parametrize("kernel", [k for k in kernels("bitmask") if k.values[0] != "portable"])
+def test_an_endless_input_is_the_same_to_every_row(kernel: str) -> None:
+    """Nothing times infinity is NaN, as in a dense product, wherever in memory a row's values lie."""
+    dense = torch.randn(9, 16)
+    dense[:, 3] = 0
+    x = torch.ones(2, 16)
+    x[:, 3] = torch.inf
+    assert Bitmask.pack(dense).linear(x, kernel).isnan().all()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_many_inputs_in_bfloat16_with_and_without_instructions_for_it(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gossamer.kernels._tiles.has_bfloat16", lambda: there)
+    for op in FORMATS:
+        weight = packed(op, MIDDLING[op], torch.bfloat16)
+        x = inputs(MANY, weight.shape[1], torch.bfloat16)
+        y = weight.linear(x, "portable")
+        assert y.dtype == torch.bfloat16
+        check(y, x, weight.dense())
 
 
 # In a child of a process whose OpenMP team is running, which a child has not got.
@@ -283,7 +326,7 @@ def test_nothing_is_read_beyond_the_end(op: str, kernel: str) -> None:
             for case in cases(op):
                 weight = packed(op, case, dtype)
                 kept_apart = {k: _guarded(t) if isinstance(t, Tensor) else t for k, t in vars(weight).items()}
-                for batch in (1, FEW, 4, MANY):
+                for batch in (1, FEW, 4, 8, 9, MANY):
                     x = inputs(batch, case.columns, dtype)
                     y = type(weight)(**kept_apart).linear(_guarded(x), kernel)
                     check(y, x, weight.dense())

@@ -17,12 +17,11 @@ NAMES = ("auto", "avx512", "avx2", "portable", "triton", "reference")
 @cache
 def cpu_features() -> frozenset[str]:
     """Return what Numba compiles for, in LLVM's words: what the processor has, or what NUMBA_CPU_FEATURES says."""
-    from llvmlite import binding
     from numba import config
+    from numba.core.codegen import get_host_cpu_features
 
-    if (told := config.CPU_FEATURES) is not None:
-        return frozenset(name[1:] for name in told.split(",") if name.startswith("+"))
-    return frozenset(name for name, there in binding.get_host_cpu_features().items() if there)
+    told = config.CPU_FEATURES if config.CPU_FEATURES is not None else get_host_cpu_features()  # less NUMBA_ENABLE_AVX=0
+    return frozenset(name[1:] for name in told.split(",") if name.startswith("+"))
 
 
 @cache
@@ -40,8 +39,11 @@ def has_avx2() -> bool:
 
 @cache
 def has_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 by itself; otherwise torch's products of it take several times float32's time."""
-    return bool({"avx512bf16", "amx-bf16", "bf16"} & cpu_features())
+    """Whether torch multiplies bfloat16 on the CPU about as fast as float32; x86 without instructions for it is far from it."""
+    from llvmlite import binding
+
+    there = {name for name, has in binding.get_host_cpu_features().items() if has}
+    return platform.machine() not in ("x86_64", "AMD64") or bool({"avx512bf16", "amx-bf16"} & there)
 
 
 @cache

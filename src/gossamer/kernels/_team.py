@@ -8,6 +8,7 @@ shares its work out by an atomic counter; it runs to the same result on any numb
 import ctypes
 import os
 import threading
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -53,6 +54,12 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads)
 
 
+@cache
+def _sources() -> str:
+    """Return a word for the files that every compiled function is made of beside its own."""
+    return f"{zlib.crc32(b''.join(path.read_bytes() for path in sorted(Path(__file__).parent.glob('*.py')))):08x}"
+
+
 class Compiled:
     """A C function, compiled when its address is first asked for: one with AVX-512 in it is never compiled where there is none.
 
@@ -67,6 +74,7 @@ class Compiled:
     def address(self) -> int:
         with _compiling:
             if self._made is None:
+                self.function.__qualname__ += f"_{_sources()}"  # Numba looks whether the function's own file has changed
                 try:
                     self._made = cfunc(self.signature, cache=True)(self.function)
                 except RuntimeError:  # neither the package nor the home directory can be written to

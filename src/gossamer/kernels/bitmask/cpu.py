@@ -104,52 +104,40 @@ def _some_rows_by_eight(kind, count, bits, stride, values, offsets, x, xs, colum
             _avx2.masked_dot(kind, 1, 4, 0, line, stride, values, begin, x, xs, columns, to, ys)
 
 
+@njit(inline="always")
+def _rows_of_kind(kind, low, count, bits, stride, values, offsets, x, xs, columns, batch, y, ys):  # type: ignore[no-untyped-def]
+    line, begin, to = bits + low * stride, offsets + 8 * low, y + 4 * low
+    if kind == 2:
+        _some_rows_by_eight(2, count, line, stride, values, begin, x, xs, columns, batch, to, ys)
+    elif kind == 1:
+        _some_rows_by_eight(1, count, line, stride, values, begin, x, xs, columns, batch, to, ys)
+    else:
+        _some_rows_by_eight(0, count, line, stride, values, begin, x, xs, columns, batch, to, ys)
+
+
 @_team.compiled(_team.JOB)
 def _spread_by_eight(pointer):  # type: ignore[no-untyped-def]
     job = address(pointer)
     rows, task, columns, bits, stride = load_i64(job, 1), load_i64(job, 2), load_i64(job, 3), load_i64(job, 4), load_i64(job, 5)
     values, offsets, kind, x, xs = load_i64(job, 6), load_i64(job, 7), load_i64(job, 8), load_i64(job, 9), load_i64(job, 10)
     batch, y, ys, kept = load_i64(job, 11), load_i64(job, 12), load_i64(job, 13), load_i64(job, 14)
+    size = 4 if kind == 0 else 2
+    room = np.empty(columns + 2 * _avx2.LANES, np.float32)
     while True:
         low = take(job) * task
         if low >= rows:
             return
         n = min(task, rows - low)
-        while n and load_i64(offsets, low + n) + _avx2.LANES > kept:  # a load of eight would end after the last value
-            n -= 1
-        line, begin, to = bits + low * stride, offsets + 8 * low, y + 4 * low
-        if kind == 2:
-            _some_rows_by_eight(2, n, line, stride, values, begin, x, xs, columns, batch, to, ys)
-        elif kind == 1:
-            _some_rows_by_eight(1, n, line, stride, values, begin, x, xs, columns, batch, to, ys)
-        else:
-            _some_rows_by_eight(0, n, line, stride, values, begin, x, xs, columns, batch, to, ys)
-        _plain_rows(low + n, min(rows, low + task), bits, stride, values, offsets, kind, x, xs, columns, batch, y, ys)
-
-
-@njit
-def _plain_rows(low, high, bits, stride, values, offsets, kind, x, xs, columns, batch, y, ys):  # type: ignore[no-untyped-def]
-    """Multiply rows with every input, value by value."""
-    for r in range(low, high):
-        for b in range(0, batch, 4):  # four inputs at a time; the last ones again where there are fewer
-            b0, b1, b2, b3 = b, min(b + 1, batch - 1), min(b + 2, batch - 1), min(b + 3, batch - 1)
-            s0 = s1 = s2 = s3 = np.float32(0)
-            at = load_i64(offsets, r)
-            for byte in range((columns + 7) // 8):
-                word = load_u8(bits, r * stride + byte)
-                while word:
-                    column = byte * 8 + lowest(word)
-                    word &= word - 1
-                    w = load_float(values, at, kind)
-                    at += 1
-                    s0 += w * load_f32(x + b0 * xs, column)
-                    s1 += w * load_f32(x + b1 * xs, column)
-                    s2 += w * load_f32(x + b2 * xs, column)
-                    s3 += w * load_f32(x + b3 * xs, column)
-            store_f32(y + b3 * ys, r, s3)
-            store_f32(y + b2 * ys, r, s2)
-            store_f32(y + b1 * ys, r, s1)
-            store_f32(y + b0 * ys, r, s0)
+        safe = n
+        while safe and load_i64(offsets, low + safe) + _avx2.LANES > kept:  # loads of eight would end after the last value
+            safe -= 1
+        _rows_of_kind(kind, low, safe, bits, stride, values, offsets, x, xs, columns, batch, y, ys)
+        if safe < n:  # the last rows, of a copy that has room behind it
+            begin, copy = load_i64(offsets, low + safe), np.int64(room.ctypes.data)
+            for i in range(load_i64(offsets, low + n) - begin):
+                copy_bits(copy, i, values, begin + i, size)
+            moved = copy - begin * size
+            _rows_of_kind(kind, low + safe, n - safe, bits, stride, moved, offsets, x, xs, columns, batch, y, ys)
 
 
 @_team.compiled(_team.JOB)
@@ -162,7 +150,26 @@ def _portable(pointer):  # type: ignore[no-untyped-def]
         low = take(job) * task
         if low >= rows:
             return
-        _plain_rows(low, min(rows, low + task), bits, stride, values, offsets, kind, x, xs, columns, batch, y, ys)
+        for r in range(low, min(rows, low + task)):
+            for b in range(0, batch, 4):  # four inputs at a time; the last ones again where there are fewer
+                b0, b1, b2, b3 = b, min(b + 1, batch - 1), min(b + 2, batch - 1), min(b + 3, batch - 1)
+                s0 = s1 = s2 = s3 = np.float32(0)
+                at = load_i64(offsets, r)
+                for byte in range((columns + 7) // 8):
+                    word = load_u8(bits, r * stride + byte)
+                    while word:
+                        column = byte * 8 + lowest(word)
+                        word &= word - 1
+                        w = load_float(values, at, kind)
+                        at += 1
+                        s0 += w * load_f32(x + b0 * xs, column)
+                        s1 += w * load_f32(x + b1 * xs, column)
+                        s2 += w * load_f32(x + b2 * xs, column)
+                        s3 += w * load_f32(x + b3 * xs, column)
+                store_f32(y + b3 * ys, r, s3)
+                store_f32(y + b2 * ys, r, s2)
+                store_f32(y + b1 * ys, r, s1)
+                store_f32(y + b0 * ys, r, s0)
 
 
 @_team.compiled(_tiles.SPREAD)

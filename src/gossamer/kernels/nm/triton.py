@@ -71,7 +71,7 @@ def _two_of_four(x: Tensor, values: Tensor, positions: Tensor, out: int, columns
 # time, and exchange them afterwards.
 @triton.jit(do_not_specialize=["out", "units"])
 def _gather_pairs(x, values, positions, y, out, units, ROWS: tl.constexpr, ACROSS: tl.constexpr):
-    """2:4, one input: some rows, a thread for each unit of them."""
+    """2:4, one input: some rows of so many units at a time."""
     T: tl.constexpr = values.dtype.element_ty
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     line = r.to(tl.int64)[:, None] * units

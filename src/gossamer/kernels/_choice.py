@@ -78,13 +78,9 @@ def choose(kernel: str, device: torch.device, there: Collection[str]) -> str:
     if kernel in ("avx512", "avx2", "portable") and device.type != "cpu":
         raise GossamerError(f"the kernel {kernel!r} runs on the CPU, and the weight is on {device}")
     if kernel == "avx512" and not has_avx512():
-        raise GossamerError(
-            "the kernel 'avx512' needs AVX-512 with VBMI2, which this processor has not; 'auto' does without it"
-        )
+        raise GossamerError("the kernel 'avx512' needs AVX-512 with VBMI2, which this processor has not; 'auto' runs here")
     if kernel == "avx2" and not has_avx2():
-        raise GossamerError(
-            "the kernel 'avx2' needs AVX2 with FMA and F16C, which this processor has not; 'auto' does without it"
-        )
+        raise GossamerError("the kernel 'avx2' needs AVX2 with FMA and F16C, which this processor has not; 'auto' runs here")
     if kernel == "triton" and not has_triton():
         raise GossamerError("the kernel 'triton' needs the package triton, which is not installed; 'auto' does without it")
     if kernel == "triton" and device.type != "cuda":

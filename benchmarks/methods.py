@@ -104,8 +104,11 @@ def keep(path: Path, name: str, samples: int, document: dict[str, Any]) -> None:
         ]
         before = found["parts"].get(name, {})
         if all(before.get(key) == value for key, value in made.items()):
+            old = {tuple(row[key] for key in KEPT[:4]): row for row in before["rows"]}
+            for row in rows:  # more draws without the tasks leave what the first one answered
+                row["tasks"] = row["tasks"] or old.get(tuple(row[key] for key in KEPT[:4]), {}).get("tasks", {})
             new = {tuple(row[key] for key in KEPT[:4]) for row in rows}
-            rows += [row for row in before["rows"] if tuple(row[key] for key in KEPT[:4]) not in new]
+            rows += [row for key, row in old.items() if key not in new]
         told = dense.get("tasks") or (found.get("dense") or {}).get("tasks")
         found["dense"] = {"perplexity": dense["perplexity"], "tasks": told}
         found["parts"][name] = {**made, "rows": rows}

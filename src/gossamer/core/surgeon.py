@@ -54,11 +54,10 @@ def remove(w: Tensor, inverse: Tensor, width: int, count: int) -> tuple[Removal,
     out, in_ = w.shape
     at = torch.arange(in_ // width, device=w.device)  # which groups are still carried
     both = torch.cat([inverse, w])  # H⁻¹ and W go through the same elimination
-    order: list[int] = []
-    costs: list[float] = []
+    order, costs = torch.empty(0, dtype=torch.int64), [torch.zeros(1, dtype=torch.float64)]
     while len(order) < count:
-        now = _batch(both, out, width, min(BATCH, count - len(order)), costs)
-        order += at[now].tolist()
+        now, cost = _batch(both, out, width, min(BATCH, count - len(order)))
+        order, costs = torch.cat([order, at[now].cpu()]), [*costs, cost.double().cpu()]
         stays = torch.ones(len(at), dtype=torch.bool, device=w.device)
         stays[now] = False
         columns = stays.repeat_interleave(width)
@@ -68,15 +67,15 @@ def remove(w: Tensor, inverse: Tensor, width: int, count: int) -> tuple[Removal,
     left, rest = torch.zeros_like(w), torch.zeros_like(inverse)
     left[:, columns] = both[len(columns) :]
     rest[columns[:, None], columns] = both[: len(columns)]
-    errors = torch.tensor([0.0, *costs], dtype=torch.float64).cumsum(0)
-    return Removal(torch.tensor(order, dtype=torch.int64), errors), left, rest
+    return Removal(order, torch.cat(costs).cumsum(0)), left, rest
 
 
-def _batch(both: Tensor, out: int, width: int, count: int, costs: list[float]) -> list[int]:
+def _batch(both: Tensor, out: int, width: int, count: int) -> tuple[Tensor, Tensor]:
     """Remove some groups of H⁻¹ and W, one below the other in ``both``, and bring these up to date once, at the end.
 
     Until then they are what they were, less Σ aᵀp and Σ v·p, with a the row block (H⁻¹)_S,: and v the columns W_:,S as they
     were when S went, and p = ((H⁻¹)_SS)⁻¹ a. What costs need is kept up to date: (H⁻¹)_TT and W_:,Tᵀ W_:,T of every T.
+    Returns which went, and what each cost. With groups of one column the device is not waited for at any step.
     """
     n = both.shape[1] // width
     hinv, w = both[: n * width], both[n * width :]
@@ -86,7 +85,9 @@ def _batch(both: Tensor, out: int, width: int, count: int, costs: list[float]) -
     a, p = (both.new_zeros(count * width, n * width) for _ in range(2))
     v = both.new_zeros(out, count * width)
     dead = torch.zeros(n, dtype=torch.bool, device=both.device)
-    order = []
+    eye = torch.eye(width, dtype=both.dtype, device=both.device)
+    within = torch.arange(width, device=both.device)
+    order, costs = [], []
 
     def cut(x: Tensor) -> Tensor:
         """Return of each group its own columns."""
@@ -94,11 +95,11 @@ def _batch(both: Tensor, out: int, width: int, count: int, costs: list[float]) -
 
     for step in range(count):
         cost = gram[:, 0, 0] / own[:, 0, 0] if width == 1 else torch.linalg.solve(own, gram).diagonal(dim1=1, dim2=2).sum(1)
-        best = int(cost.masked_fill(dead, torch.inf).argmin())
-        gone, new = slice(best * width, (best + 1) * width), slice(step * width, (step + 1) * width)
+        best = cost.masked_fill(dead, torch.inf).argmin(0, keepdim=True)
+        gone, new = best * width + within, slice(step * width, (step + 1) * width)
         a_new = hinv[gone] - a[: new.start, gone].T @ p[: new.start]
         v_new = w[:, gone] - v[:, : new.start] @ p[: new.start, gone]
-        p_new = a_new / own[best] if width == 1 else torch.linalg.solve(own[best], a_new)
+        p_new = a_new / own[best, 0] if width == 1 else torch.linalg.solve(own[best][0], a_new)
         along = cut(v_new.T @ w - (v_new.T @ v[:, : new.start]) @ p[: new.start])  # W_:,Sᵀ W_:,T
         pull = cut(p_new)
         own -= _each(cut(a_new), pull)
@@ -107,13 +108,13 @@ def _batch(both: Tensor, out: int, width: int, count: int, costs: list[float]) -
             _each(pull, (v_new.T @ v_new) @ pull if width > 1 else v_new.square().sum() * pull) - twice - twice.transpose(1, 2)
         )
         a[new], p[new], v[:, new] = a_new, p_new, v_new
-        dead[best] = True
-        own[dead] = torch.eye(width, dtype=own.dtype, device=own.device)
+        dead.index_fill_(0, best, True)
+        own = torch.where(dead[:, None, None], eye, own)
         order.append(best)
-        costs.append(max(float(cost[best]), 0.0))
+        costs.append(cost[best].clamp(min=0))
     hinv.addmm_(a.T, p, alpha=-1)
     w.addmm_(v, p, alpha=-1)
-    return order
+    return torch.cat(order), torch.cat(costs)
 
 
 def _each(x: Tensor, y: Tensor) -> Tensor:

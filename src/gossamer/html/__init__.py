@@ -15,8 +15,8 @@ from plotly.offline import get_plotlyjs
 
 from gossamer.core.errors import GossamerError
 from gossamer.core.report import Report
-from gossamer.html import charts
-from gossamer.html.charts import amount, number, percent
+from gossamer.html.charts import draw
+from gossamer.html.drawing import Chart, amount, colours_of, number, percent
 from gossamer.html.sensitivity import sensitivity
 
 __all__ = ["page"]
@@ -40,7 +40,7 @@ def page(documents: list[dict[str, Any]], title: str | None = None) -> str:
     studies = _merge([_read(document, place) for place, document in enumerate(documents, 1)])
     if not studies:
         raise GossamerError("there is nothing to draw: give at least one report")
-    colours = charts.colours([run.name for study in studies for run in study.runs])
+    colours = colours_of([run.name for study in studies for run in study.runs])
     sections = [
         {
             "study": study,
@@ -254,9 +254,9 @@ def _dense_rate(study: Study) -> float | None:
     return statistics.median(rates) if rates else None
 
 
-def _charts(study: Study, colours: dict[str, str], prefix: str) -> list[charts.Chart]:
+def _charts(study: Study, colours: dict[str, str], prefix: str) -> list[Chart]:
     """All drawings, that of a sweep's single weights after that of quality."""
-    drawn = charts.draw(study.runs, study.perplexity, colours, prefix)
+    drawn = draw(study.runs, study.perplexity, colours, prefix)
     return [drawn[0], *([sensitivity(study.layers, study.perplexity, prefix)] if study.layers else []), *drawn[1:]]
 
 

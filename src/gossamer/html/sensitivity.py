@@ -6,7 +6,7 @@ from typing import Any
 
 from plotly import graph_objects as go
 
-from gossamer.html.charts import BLUES, Chart, Panel, alternative, kind, number, percent, to_page
+from gossamer.html.drawing import BLUES, Chart, Panel, alternative, kind, number, percent, to_page
 
 
 def sensitivity(layers: Sequence[dict[str, Any]], dense: float | None, prefix: str) -> Chart:

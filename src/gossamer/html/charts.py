@@ -14,7 +14,7 @@ from gossamer.html.costs import layers, size, time
 from gossamer.html.drawing import NEUTRAL, Chart, Panel, alternative, lines_of, number, percent, short, to_page
 
 if TYPE_CHECKING:
-    from gossamer.html import Run
+    from gossamer.html.studies import Run
 
 STYLES = (("solid", "circle", "●"), ("dot", "diamond", "◆"), ("dashdot", "triangle-up", "▲"))  # of a pattern's lines and points
 

@@ -23,7 +23,7 @@ from gossamer.html.drawing import (
 )
 
 if TYPE_CHECKING:
-    from gossamer.html import Run
+    from gossamer.html.studies import Run
 
 
 def size(runs: Sequence["Run"], prefix: str) -> Chart:

@@ -219,7 +219,7 @@ def _takes(function: Callable[..., Any], *without: str) -> tuple[set[str], set[s
     return set(found), {name for name, p in found.items() if p.default is p.empty}
 
 
-_NOT_HERE = ("source", "out", "device", "progress", "force", "name")
+_NOT_HERE = ("source", "out", "device", "progress", "force", "name", "say")
 VERBS = {
     "prune": _takes(prune_checkpoint, *_NOT_HERE),
     "shrink": _takes(shrink_checkpoint, *_NOT_HERE),

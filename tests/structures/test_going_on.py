@@ -64,7 +64,9 @@ def weights(folder: Path) -> bytes:
 @pytest.mark.parametrize("after", [1, 3, "last"])
 def test_to_the_same_bits(method: str, after: Any, steps: Steps, tiny_dir: Path, text: Path, tmp_path: Path) -> None:
     how = {"sparsity": 0.2, "data": text, "seqlen": 16, "samples": 8, "name": "tiny"}
-    whole = shrink_checkpoint(tiny_dir, tmp_path / "whole", method, **how)
+    told: list[str] = []
+    whole = shrink_checkpoint(tiny_dir, tmp_path / "whole", method, **how, say=told.append)
+    assert told == []
     assert len(set(steps.computed)) == len(steps.computed) == STEPS[method], "each step has a name of its own"
     steps.most = len(steps.computed) - 1 if after == "last" else after
     steps.computed.clear()
@@ -73,7 +75,9 @@ def test_to_the_same_bits(method: str, after: Any, steps: Steps, tiny_dir: Path,
     assert not (tmp_path / "out").exists()
     assert (tmp_path / ".out.partial").exists()
     steps.most = 1000
-    report = shrink_checkpoint(tiny_dir, tmp_path / "out", method, **how)
+    done = len(steps.computed)
+    report = shrink_checkpoint(tiny_dir, tmp_path / "out", method, **how, say=told.append)
+    assert told == [f"goes on where the run before was stopped (steps done: {done})"]
     assert len(steps.computed) == STEPS[method], "no step was taken twice"
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
     assert report.blocks == whole.blocks

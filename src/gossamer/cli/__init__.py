@@ -46,7 +46,9 @@ def main() -> None:
 
 
 def interrupted() -> None:
-    err.print("gossamer: interrupted; the same prune, recover, run, compare, sweep or demo goes on after what it had finished")
+    err.print(
+        "gossamer: interrupted; the same prune, shrink, recover, run, compare, sweep or demo goes on after what it had finished"
+    )
     sys.exit(130)
 
 

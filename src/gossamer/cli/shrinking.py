@@ -40,7 +40,7 @@ def shrink(
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
-    """Remove whole blocks, heads or channels: a smaller ordinary dense model, in a new directory."""
+    """Remove whole blocks, heads or channels: a smaller ordinary dense model, in a new directory; started again, it goes on."""
     from gossamer.models import resolve
     from gossamer.sites._shrinking import shrink_checkpoint
     from gossamer.sites.checkpoint import check_out
@@ -68,6 +68,7 @@ def shrink(
         progress=progress_of(quiet),
         force=force,
         name=model,
+        say=say,
     )
     if quiet:
         return

@@ -1,6 +1,7 @@
 """Shrink from one directory to another, and go on where a run before was stopped."""
 
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ def shrink_checkpoint(
     progress: bool | None = None,
     force: bool = False,
     name: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Report:
     """Shrink the model in ``source`` into a new directory ``out``, which appears whole or not at all; all of it is in memory.
 
@@ -41,6 +43,7 @@ def shrink_checkpoint(
         source: a directory with config.json, safetensors and a tokenizer.
         out: where the result goes; it must be empty or absent unless ``force``.
         name: what the report calls the model.
+        say: told, in one line, where it goes on.
         others: as in `gossamer.shrink`.
 
     Raises:
@@ -58,6 +61,8 @@ def shrink_checkpoint(
     batches = windows_of(skeleton(source), how, *drawn.values(), lanes=LANES, tokenizer=tokens, folder=source)
     same = {"method": repr(how), **goal, "data": digest(batches), "source": identity(source), "device": str(device)}
     with Run(Path(out), same) as run:
+        if kept := len(run.state.get("steps", [])):
+            say(f"goes on where the run before was stopped (steps done: {kept})")
         model = causal_lm(source)
         report = shrink(model, how, **goal, data=batches or None, device=device, progress=progress, once=run.once)
         report.model["name"] = name or str(source)

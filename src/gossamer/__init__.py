@@ -21,7 +21,7 @@ from gossamer.sites.packing import pack, unpack
 from gossamer.sites.reconstructing import Reconstruct, reconstruct
 from gossamer.sites.shrinking import shrink
 from gossamer.sites.weights import prune
-from gossamer.solvers import ALPS, ARMOR, GQSA, OBERT, Asymmetric, DSnoT, Mask, NetTrim, SparseGPT
+from gossamer.solvers import ALPS, ARMOR, GQSA, OBERT, Asymmetric, DSnoT, Mask, NetTrim, Parallel, SparseGPT
 from gossamer.speed import bench
 from gossamer.structures import CFSP, Depth, SliceGPT, ZipLM
 from gossamer.tuners import AST, CAST, OQP, PERP, PST, SPP, Full, LoRAPrune, MaskLLM, MaskLoRA, ScaleLoRA
@@ -64,6 +64,7 @@ __all__ = [
     "MaskLoRA",
     "NetTrim",
     "NoWagP",
+    "Parallel",
     "Pattern",
     "Random",
     "Reconstruct",

@@ -18,7 +18,7 @@ def test_a_probe_is_the_finite_difference_along_its_own_z() -> None:
     w = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     before = w.clone()
     gradient = 2 * w * torch.arange(12, dtype=torch.float64).view(3, 4)  # of Σ j w_j²
-    found = probe(w, [lambda: float((torch.arange(12).view(3, 4) * w.square()).sum())] * 3, 1e-4, seed=5)
+    found = probe([w], [lambda: float((torch.arange(12).view(3, 4) * w.square()).sum())] * 3, 1e-4, seed=5)
     generator = torch.Generator().manual_seed(5)
     along = [float((gradient * torch.randn(3, 4, generator=generator)).sum()) for _ in range(3)]
     assert found == pytest.approx(sum(map(abs, along)) / 3, rel=1e-6)
@@ -29,8 +29,25 @@ def test_a_probe_puts_the_weight_back_when_the_loss_fails() -> None:
     w = torch.randn(5).to(torch.bfloat16)
     before = w.clone()
     with pytest.raises(ZeroDivisionError):
-        probe(w, [lambda: 1 / 0], 1e-3, seed=0)
+        probe([w], [lambda: 1 / 0], 1e-3, seed=0)
     assert torch.equal(w, before)
+
+
+def test_a_block_is_moved_as_one_and_its_weights_share_its_sparsity() -> None:
+    w = {f"layers.{i}.{kind}": torch.zeros(4, 4, dtype=torch.float64) for i in range(2) for kind in ("a", "b")}
+    slopes = dict(zip(w, (3.0, -4.0, 0.5, 0.5), strict=True))
+    losses = [lambda: sum(slope * float(w[name].sum()) for name, slope in slopes.items())] * 3
+    calls: list[int] = []
+    found = ecoflap(w, 0.5, [lambda loss=loss: calls.append(1) or loss() for loss in losses])
+    assert len(calls) == 2 * 3 * 2, "two passes for each window and block"
+    assert found["layers.0.a"] == found["layers.0.b"] < 0.5 < found["layers.1.a"] == found["layers.1.b"]
+    worth = []
+    for seed, block in enumerate(([3.0, -4.0], [0.5, 0.5])):
+        generator = torch.Generator().manual_seed(seed)
+        along = [sum(s * float(torch.randn(4, 4, generator=generator).sum()) for s in block) for _ in range(3)]
+        worth.append(sum(map(abs, along)) / 3)
+    expected = shared(dict(zip("ab", worth, strict=True)), {"a": 32, "b": 32}, 0.5, 0.6)
+    assert [found["layers.0.a"], found["layers.1.a"]] == pytest.approx(list(expected.values()), rel=1e-6)
 
 
 def test_entries_are_shared_by_importance_above_the_floor() -> None:

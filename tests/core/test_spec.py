@@ -66,6 +66,7 @@ VALUES = [
     solvers.ARMOR(block=32),
     solvers.GQSA(bits=3),
     solvers.Asymmetric(solvers.ALPS(steps=9), share=0.5),
+    solvers.Parallel(solvers.NetTrim(eps=0.1)),
     solvers.SparseLLM(steps=3),
     pattern.NM(2, 4, permute=True),
     solvers.DSnoT(init=solvers.SparseGPT(damp=0.02), cycles=9),

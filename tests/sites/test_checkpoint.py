@@ -31,6 +31,7 @@ CASES = [
     ("ALPS", "2:4", None, "uniform"),
     ("DSnoT", "Unstructured", 0.5, "uniform"),
     ("Asymmetric(SparseGPT())", "2:4", None, "uniform"),
+    ("Parallel(NetTrim())", "2:4", None, "uniform"),
     ("SparseGPT", "NM(2, 4, permute=True)", None, "uniform"),
     ("SparseLLM(steps=2)", "NM(2, 4, permute=True)", None, "uniform"),
     ("OBERT", "1x4", 0.5, "uniform"),
@@ -124,8 +125,11 @@ class _Killed(BaseException):
     """Stands for a kill: nothing in the package may catch it."""
 
 
+STOPPED = ["SparseGPT", "Magnitude", "OBERT", "Asymmetric(Wanda())", "Parallel(Wanda())", "SparseLLM(steps=2)"]
+
+
 @pytest.mark.parametrize("after", [1, 2, 3])
-@pytest.mark.parametrize("method", ["SparseGPT", "Magnitude", "OBERT", "Asymmetric(Wanda())", "SparseLLM(steps=2)"])
+@pytest.mark.parametrize("method", STOPPED)
 def test_a_stopped_run_goes_on_after_the_last_finished_block(
     method: str, after: int, tmp_path: Path, tiny_tokenizer: Any, monkeypatch: Any
 ) -> None:

@@ -61,7 +61,9 @@ def test_a_folded_order_changes_nothing_but_the_order(family: str) -> None:
     torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["Wanda", "Magnitude", "SparseGPT", "ALPS", "Asymmetric(SparseGPT())"])
+@pytest.mark.parametrize(
+    "method", ["Wanda", "Magnitude", "SparseGPT", "ALPS", "Asymmetric(SparseGPT())", "Parallel(SparseGPT())"]
+)
 def test_more_of_the_score_is_kept_and_the_pattern_holds(method: str) -> None:
     model = causal("llama")
     report = gossamer.prune(model, method, PERMUTED, data=ids())

@@ -167,7 +167,7 @@ def test_ecoflap_probes_the_models_own_loss() -> None:
         for window in ids(3, 6).split(1):
             gradient = gradients(model, [{"input_ids": window}], [t])[t.name]
             along.append(abs(float((gradient * torch.randn(gradient.shape, generator=generator)).sum())))
-        assert probe(t.matrices(), evaluated, 1e-3, seed) == pytest.approx(sum(along) / 3, rel=0.02, abs=1e-3), t.name
+        assert probe([t.matrices()], evaluated, 1e-3, seed) == pytest.approx(sum(along) / 3, rel=0.02, abs=1e-3), t.name
 
 
 @pytest.mark.parametrize("method", [Magnitude(), SparseGPT(), Gradient()])
@@ -270,3 +270,23 @@ def test_padding_has_no_next_token(method: str) -> None:
     with pytest.raises(GossamerError, match="windows with padding"):
         gossamer.prune(model, method, "2:4", data=[{"input_ids": ids(2, 8), "attention_mask": mask}])
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("method", "allocate", "told"),
+    [
+        ("Fisher", "uniform", ["gradients: "]),
+        ("GraSP", "uniform", ["gradients: ", "second derivatives: "]),
+        ("SynFlow(rounds=3)", "uniform", ["rounds of SynFlow(rounds=3)"]),
+        ("Magnitude", "ecoflap(samples=2)", ["losses: "]),
+        ("Magnitude", "searched(steps=4)", ["errors: "]),
+    ],
+)
+def test_what_takes_long_shows_how_far_it_is(
+    method: str, allocate: str, told: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    gossamer.prune(causal("llama"), method, ROW, sparsity=0.5, allocate=allocate, data=ids(), progress=True)
+    shown = capfd.readouterr().err
+    assert all(line in shown for line in told), shown
+    gossamer.prune(causal("llama"), method, ROW, sparsity=0.5, allocate=allocate, data=ids(), progress=False)
+    assert capfd.readouterr().err == ""

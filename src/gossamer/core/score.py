@@ -12,8 +12,8 @@ class Score(ABC):
     """A pure function of a weight and its `Stats`. Subclasses are `spec` classes: the object is its own configuration.
 
     Attributes:
-        needs: what it reads of `Stats`: "norm", "mean", "gram", "cross", "grad", "square_grad", "grads", "hessian_grad",
-            "synflow"; empty where the weight is enough.
+        needs: what it reads of `Stats`: "norm", "mean", "gram", "cross", "dense", "grad", "square_grad", "grads",
+            "hessian_grad", "synflow"; empty where the weight is enough.
         per: what its paper compares an entry with when the pattern leaves it open: the whole tensor or its output row.
         rounds: in how many rounds the sparsity is reached: after round k the density is (1 − S)^(k/rounds), and the next round
             scores what is left anew.

@@ -9,7 +9,8 @@ from torch import Tensor
 PANELS = 4
 
 # What is gathered from a weight's inputs, block by block; the rest of what a method may need comes from a backward pass.
-INPUTS = frozenset({"norm", "mean", "gram", "cross"})
+INPUTS = frozenset({"norm", "mean", "gram", "cross", "dense"})
+PAIRED = frozenset({"cross", "dense"})  # of these, what wants the dense model's inputs beside the pruned one's
 
 
 class Stats:
@@ -22,6 +23,7 @@ class Stats:
         gram: Σ x xᵀ, shape (in, in), where it was asked for; None otherwise.
         cross: Σ (x̃ − x) xᵀ, shape (in, in), x̃ the same rows in the dense model, where it was asked for; None otherwise, and
             where the two models' rows are not the same tokens (routed experts).
+        dense: the statistics of those rows in the dense model, where they were asked for; None otherwise.
         grad: gradient of the loss with respect to the weight, its shape, where it was asked for; None otherwise.
         square_grad: the mean over the windows of its square, each window's own loss taken; None otherwise.
         hessian_grad: the Hessian of that loss times its gradient, where it was asked for; None otherwise.
@@ -39,6 +41,7 @@ class Stats:
         self.total = torch.zeros(width, dtype=torch.float32, device=device) if mean else None
         self.gram = torch.zeros(width, width, dtype=torch.float32, device=device) if gram else None
         self.cross: Tensor | None = None
+        self.dense: Stats | None = None
         self.grad: Tensor | None = None
         self.grads: Tensor | None = None
         self.square_grad: Tensor | None = None
@@ -94,6 +97,7 @@ class Stats:
         stats.total = None if self.total is None else self.total[order]
         stats.gram = None if self.gram is None else self.symmetric_gram()[order][:, order]
         stats.cross = None if self.cross is None else self.cross[order][:, order]
+        stats.dense = None if self.dense is None else self.dense.ordered(order)
         return stats
 
     @property

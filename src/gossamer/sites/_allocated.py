@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from gossamer.core import allocate as allocations
 from gossamer.core.score import Score
 from gossamer.core.stats import INPUTS, Stats
+from gossamer.sites._bar import bar
 from gossamer.sites._calibrate import Batch, Calibration, Visit
 from gossamer.sites._gradients import gradients
 from gossamer.sites._job import Job
@@ -35,11 +35,12 @@ def allocated(
     more: list[Any] = []
     if job.scorer is not None:
         tensors = _dense_scores(model, job.scorer, chosen, batches, device, progress)
-    if "losses" in job.allocation_needs:
-        more.append(losses(model, batches))
-    if "errors" in job.allocation_needs:
-        more.append(lambda grid: _errors(model, job, grid, chosen, batches, device, progress))
-    found = dict(job.allocation(tensors, job.sparsity, *more))
+    with bar(None, "losses", progress if "losses" in job.allocation_needs else False) as shown:
+        if "losses" in job.allocation_needs:
+            more.append(losses(model, batches, shown.update))
+        if "errors" in job.allocation_needs:
+            more.append(lambda grid: _errors(model, job, grid, chosen, batches, device, progress))
+        found = dict(job.allocation(tensors, job.sparsity, *more))
     if grain is None or job.sparsity is None:
         return found
     return dict(allocations.in_steps(found, {name: x.numel() for name, x in tensors.items()}, job.sparsity, grain))
@@ -62,7 +63,7 @@ def _dense_scores(
             found[target.name] = torch.stack([score(w, s) for w, s in pairs]).to(target.parameter.device)
             shown.update()
 
-        visit_all(model, score.needs, chosen, batches, device, visit)
+        visit_all(model, score.needs, chosen, batches, device, visit, progress=progress)
     return {target.name: found[target.name] for target in chosen}
 
 
@@ -89,7 +90,7 @@ def _errors(
             found[target.name] = (errors / max(size, 1e-30)).tolist()
             shown.update()
 
-        visit_all(model, job.gather | {"gram"}, chosen, batches, device, visit)
+        visit_all(model, job.gather | {"gram"}, chosen, batches, device, visit, progress=progress)
     return found
 
 
@@ -107,9 +108,10 @@ def visit_all(
     device: torch.device | None,
     visit: Visit,
     pruning: Pruning | None = None,
+    progress: bool | None = False,
 ) -> None:
     """Hand over every target once with the statistics named in ``gather``, block by block where these come from inputs."""
-    whole = measured(model, gather, batches, chosen)
+    whole = measured(model, gather, batches, chosen, progress)
     if gather & INPUTS:
         walk = Calibration(model, batches, gather, device=device)
         for index in range(len(walk.blocks)):
@@ -133,8 +135,3 @@ def blank_stats(target: Target, whole: Whole) -> list[Stats]:
     """Return statistics without inputs, one for each matrix of the target, holding what was measured on the whole model."""
     count, _, width = target.matrices().shape
     return fill(target, [Stats(width, device=target.parameter.device) for _ in range(count)], whole)
-
-
-def bar(total: int, what: str, progress: bool | None) -> Any:
-    """Return a progress bar; shown when asked for, or, if ``progress`` is None, on a terminal."""
-    return tqdm(total=total, desc=what, disable=None if progress is None else not progress, leave=False, dynamic_ncols=True)

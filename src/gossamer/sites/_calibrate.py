@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gossamer.core.errors import GossamerError
-from gossamer.core.stats import Stats
+from gossamer.core.stats import PAIRED, Stats
 from gossamer.sites._gather import Gatherer
 from gossamer.sites._lockstep import Lane, lockstep
 from gossamer.sites._rows import give_back
@@ -52,8 +52,8 @@ class Calibration:
     ) -> None:
         self.model, self.batches, self.needs, self.device = model, batches, needs, device
         self.name, self.blocks = blocks_of(model)
-        # With "cross" there are twice as many lanes: the second half goes through the blocks as they were before pruning.
-        self.lanes = list(batches) * (2 if "cross" in needs else 1)
+        # For "cross" or "dense" there are twice as many: the second half goes through the blocks as they were before pruning.
+        self.lanes = list(batches) * (2 if needs & PAIRED else 1)
         self.outputs: list[Any] = [None] * len(self.lanes)
         self._lane = 0  # the lane whose turn it is
 
@@ -77,7 +77,7 @@ class Calibration:
                 visit(target, gatherer.take(target))
             give_back()
 
-        twin = copy.deepcopy(self.blocks[index]) if "cross" in self.needs else None  # before anything hangs on it
+        twin = copy.deepcopy(self.blocks[index]) if self.needs & PAIRED else None  # before anything hangs on it
         with self._entered(index) as (here, home), ExitStack() as stack:
             if twin is not None:
                 self._pair(here, twin.to(self.device), by_module, gatherer, stack)

@@ -18,12 +18,20 @@ class Gatherer:
 
     def __init__(self, by_module: Mapping[nn.Module, Sequence[Target]], needs: frozenset[str]) -> None:
         self.by_module = by_module
-        self.blank = partial(Stats, gram="gram" in needs, mean="mean" in needs)
+        self.needs = needs
         self.seen: dict[nn.Module, Stats] = {}
         self._experts: dict[str, list[Stats]] = {}
         self._dense: dict[int, tuple[nn.Module, Tensor]] = {}  # lane → where its dense twin stands, and the input there
         self._rows: dict[int, int] = {}  # lane → how many rows its first input had, which are all of its tokens
         self._last: dict[int, tuple[Tensor, int, Stats]] = {}  # lane → its last input and where that went
+
+    def blank(self, width: int, device: torch.device) -> Stats:
+        """Return empty statistics of what is needed."""
+        empty = partial(Stats, width, gram="gram" in self.needs, mean="mean" in self.needs, device=device)
+        stats = empty()
+        if "dense" in self.needs:
+            stats.dense = empty()
+        return stats
 
     def add_dense(self, lane: int, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Take down what the dense model puts into a module, before the lane itself comes to it."""
@@ -41,8 +49,11 @@ class Gatherer:
             self.seen[module] = last[2]
             return
         if module not in self.seen:
-            self.seen[module] = self.blank(x.shape[-1], device=x.device)
-        self.seen[module].add(x, self._same_tokens(lane, module, x))
+            self.seen[module] = self.blank(x.shape[-1], x.device)
+        known, dense = self.seen[module], self._same_tokens(lane, module, x)
+        known.add(x, dense if "cross" in self.needs else None)
+        if known.dense is not None and dense is not None:
+            known.dense.add(dense)
         self._last[lane] = (x, x._version, self.seen[module])
 
     def _same_tokens(self, lane: int, module: nn.Module, x: Tensor) -> Tensor | None:
@@ -57,7 +68,7 @@ class Gatherer:
         for target in self.by_module[module]:
             experts, _, width = target.matrices().shape
             if target.name not in self._experts:
-                self._experts[target.name] = [self.blank(width, device=device) for _ in range(experts)]
+                self._experts[target.name] = [self.blank(width, device) for _ in range(experts)]
             sinks.append((target, self._experts[target.name]))
         return sinks
 

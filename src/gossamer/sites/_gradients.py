@@ -10,12 +10,19 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gossamer.core.errors import GossamerError
+from gossamer.sites._bar import bar
 from gossamer.sites._calibrate import Batch, hooked
 from gossamer.sites._walk import Target
 
 
 def gradients(
-    model: nn.Module, batches: Sequence[Batch], targets: Sequence[Target], *, each: bool = False, squared: bool = False
+    model: nn.Module,
+    batches: Sequence[Batch],
+    targets: Sequence[Target],
+    *,
+    each: bool = False,
+    squared: bool = False,
+    progress: bool | None = False,
 ) -> dict[str, Tensor]:
     """Return ∂L/∂w of each target in float32, L the mean next-token loss over all windows; or ``each`` window's own, stacked.
 
@@ -37,7 +44,11 @@ def gradients(
             sums[name] = sums[name].add_(share) if name in sums else share
         parameter.grad = None
 
-    with wanting_gradients(model, targets) as parameters, ExitStack() as stack:
+    with (
+        wanting_gradients(model, targets) as parameters,
+        ExitStack() as stack,
+        bar(len(windows), "gradients", progress) as shown,
+    ):
         for name, parameter in parameters.items():
             handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(partial(collect, name))  # type: ignore[no-untyped-call]
             stack.enter_context(hooked(handle))
@@ -46,6 +57,7 @@ def gradients(
             if not bool(loss.isfinite()):
                 raise GossamerError(f"the next-token loss on a window of {window.shape[1]} tokens is {loss.item()}")
             (loss if each or squared else loss / len(windows)).backward()
+            shown.update()
     found: Mapping[str, Tensor] = {name: torch.stack(parts) for name, parts in sums.items()} if each else sums
     lead = (len(windows),) if each else ()
     return {t.name: found.get(t.name, torch.zeros(())).expand(*lead, *t.parameter.shape) for t in targets}

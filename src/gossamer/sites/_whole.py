@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gossamer.core.errors import GossamerError
 from gossamer.core.stats import Stats
+from gossamer.sites._bar import bar
 from gossamer.sites._calibrate import Batch, forwarding
 from gossamer.sites._gradients import each_window, gradients, wanting_gradients
 from gossamer.sites._walk import Target, text_config
@@ -19,17 +20,23 @@ from gossamer.sites._walk import Target, text_config
 Whole = dict[str, dict[str, Tensor]]  # need → name of the target → a tensor of its parameter's shape, or several
 
 
-def measured(model: nn.Module, needs: frozenset[str], batches: Sequence[Batch], targets: Sequence[Target]) -> Whole:
+def measured(
+    model: nn.Module,
+    needs: frozenset[str],
+    batches: Sequence[Batch],
+    targets: Sequence[Target],
+    progress: bool | None = False,
+) -> Whole:
     """Return what ``needs`` names of what only the whole model can tell: "grad", "square_grad", "hessian_grad", "synflow"."""
     found: Whole = {}
     if needs & {"grad", "hessian_grad"}:
-        grads = gradients(model, batches, targets)
+        grads = gradients(model, batches, targets, progress=progress)
         if "hessian_grad" in needs:
-            found["hessian_grad"] = hessian_gradients(model, batches, targets, grads)
+            found["hessian_grad"] = hessian_gradients(model, batches, targets, grads, progress)
         if "grad" in needs:
             found["grad"] = grads
     if "square_grad" in needs:
-        found["square_grad"] = gradients(model, batches, targets, squared=True)
+        found["square_grad"] = gradients(model, batches, targets, squared=True, progress=progress)
     if "synflow" in needs:
         found["synflow"] = flow(model, targets)
     return found
@@ -50,18 +57,27 @@ def fill(target: Target, stats: Sequence[Stats], whole: Whole) -> list[Stats]:
     return list(stats)
 
 
-def losses(model: nn.Module, batches: Sequence[Batch]) -> list[Callable[[], float]]:
-    """Return one function a window: the mean next-token loss on it, with the model's weights as they are when it is called."""
+def losses(model: nn.Module, batches: Sequence[Batch], tell: Callable[[], object] = lambda: None) -> list[Callable[[], float]]:
+    """Return one function a window: the mean next-token loss on it, with the model's weights as they are when it is called.
+
+    ``tell`` is called after each.
+    """
 
     def evaluate(window: Tensor) -> float:
         with torch.no_grad():
-            return float(model(input_ids=window, labels=window, use_cache=False).loss)
+            loss = float(model(input_ids=window, labels=window, use_cache=False).loss)
+        tell()
+        return loss
 
     return [partial(evaluate, window) for window in each_window(batches)]
 
 
 def hessian_gradients(
-    model: nn.Module, batches: Sequence[Batch], targets: Sequence[Target], grads: Mapping[str, Tensor]
+    model: nn.Module,
+    batches: Sequence[Batch],
+    targets: Sequence[Target],
+    grads: Mapping[str, Tensor],
+    progress: bool | None = False,
 ) -> dict[str, Tensor]:
     """Return H g of each target in float32: g the gradient of the mean loss over all targets, H its Hessian over them.
 
@@ -69,7 +85,12 @@ def hessian_gradients(
     """
     windows = list(each_window(batches))
     sums = {target.name: torch.zeros_like(target.parameter, dtype=torch.float32) for target in targets}
-    with wanting_gradients(model, targets) as parameters, sdpa_kernel(SDPBackend.MATH):  # the one that has a second derivative
+    # That attention is the one that has a second derivative.
+    with (
+        wanting_gradients(model, targets) as parameters,
+        sdpa_kernel(SDPBackend.MATH),
+        bar(len(windows), "second derivatives", progress) as shown,
+    ):
         weights = list(parameters.values())
         for window in windows:
             loss = model(input_ids=window, labels=window, use_cache=False).loss / len(windows)
@@ -80,6 +101,7 @@ def hessian_gradients(
             for name, share in zip(parameters, second, strict=True):
                 if share is not None:
                     sums[name] += share.float()
+            shown.update()
     return sums
 
 

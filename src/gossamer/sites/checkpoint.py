@@ -21,7 +21,8 @@ from gossamer.core.solver import Factorizer, Solver
 from gossamer.core.stats import INPUTS
 from gossamer.formats import Wrapped
 from gossamer.models import check_directory, quiet, skeleton
-from gossamer.sites._allocated import allocated, bar, blank_stats, own_gradients
+from gossamer.sites._allocated import allocated, blank_stats, own_gradients
+from gossamer.sites._bar import bar
 from gossamer.sites._calibrate import Batch, Calibration
 from gossamer.sites._inputs import calibration_batches, check_batches
 from gossamer.sites._job import Job, select_targets, show_method
@@ -99,7 +100,7 @@ def prune_checkpoint(
         walk = Calibration(model, batches, job.gather, device=where) if job.gather & INPUTS else None
         if walk is not None:
             walk.outputs = run.inputs(len(walk.outputs))
-        whole = measured(model, job.gather, batches, chosen)
+        whole = measured(model, job.gather, batches, chosen, progress)
         if "grads" in job.gather:  # these come through the pruned blocks before, which are not read back: start over
             run.state |= {"done": 0, "rows": []}
         rows, pruning = run.state["rows"], Pruning(model, job, chosen, sparsities)

@@ -16,7 +16,7 @@ from gossamer.core.score import Score
 from gossamer.core.solver import Factorizer, Solver
 from gossamer.core.stats import Stats
 from gossamer.sites._allocated import allocated, visit_all
-from gossamer.sites._allocated import bar as bar
+from gossamer.sites._bar import bar as bar
 from gossamer.sites._calibrate import Batch
 from gossamer.sites._inputs import calibration_batches, check_batches
 from gossamer.sites._job import Job, check_finite, select_targets, show_method
@@ -141,7 +141,7 @@ def _prune_all(
                 shown.update()
 
         pruning = Pruning(model, job, chosen, sparsities)
-        visit_all(model, job.gather, chosen, batches, device, visit, pruning)
+        visit_all(model, job.gather, chosen, batches, device, visit, pruning, progress)
     return [rows[target.name] for target in chosen], packed
 
 
@@ -154,7 +154,9 @@ def approach(
     progress: bool | None,
 ) -> None:
     """Prune in all rounds but the last: after round k the density is (1 − S)^(k/rounds)."""
-    for k in range(1, job.rounds):
-        assert job.sparsity is not None
-        part = replace(job, sparsity=1 - (1 - job.sparsity) ** (k / job.rounds))
-        _prune_all(model, part, chosen, allocated(model, part, chosen, batches, device, False), batches, device, False)
+    with bar(job.rounds, f"rounds of {show_method(job.solver)}", progress if job.rounds > 1 else False) as shown:
+        for k in range(1, job.rounds):
+            assert job.sparsity is not None
+            part = replace(job, sparsity=1 - (1 - job.sparsity) ** (k / job.rounds))
+            _prune_all(model, part, chosen, allocated(model, part, chosen, batches, device, False), batches, device, False)
+            shown.update()

@@ -8,7 +8,8 @@ from gossamer.solvers.gqsa import GQSA
 from gossamer.solvers.mask import Mask
 from gossamer.solvers.nettrim import NetTrim
 from gossamer.solvers.obert import OBERT
+from gossamer.solvers.parallel import Parallel
 from gossamer.solvers.sparsegpt import SparseGPT
 from gossamer.solvers.sparsellm import SparseLLM
 
-__all__ = ["ALPS", "ARMOR", "GQSA", "OBERT", "Asymmetric", "DSnoT", "Mask", "NetTrim", "SparseGPT", "SparseLLM"]
+__all__ = ["ALPS", "ARMOR", "GQSA", "OBERT", "Asymmetric", "DSnoT", "Mask", "NetTrim", "Parallel", "SparseGPT", "SparseLLM"]

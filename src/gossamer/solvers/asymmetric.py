@@ -48,6 +48,8 @@ class Asymmetric(Solver):
     def __post_init__(self) -> None:
         if not isinstance(self.method, Score | Solver):
             raise GossamerError(f"Asymmetric(method) is a score or a solver, such as ALPS(); got {self.method!r}")
+        if "dense" in self.method.needs:
+            raise GossamerError(f"{self.method!r} looks at both models' inputs itself: take it alone")
         if not (0 <= self.share <= 1 and self.damp > 0):
             raise GossamerError(f"Asymmetric wants share in [0, 1] and damp > 0; got share={self.share!r}, damp={self.damp!r}")
 

@@ -23,7 +23,8 @@ class NetTrim(Solver):
     Where this differs from the papers: the linears of a transformer are followed by no ReLU of their own, so the response is
     kept everywhere and not only where it is positive; inputs are taken at unit norm, so that the ℓ1 norm weighs a weight by its
     input; and ℓ1 fixes no count, so the pattern selects the largest |U| and the weights kept are refitted exactly. The result
-    is never worse than the refit of the largest |W|. A weight sees the inputs that the pruned layers before it put out.
+    is never worse than the refit of the largest |W|. A weight sees the inputs that the pruned layers before it put out, and
+    answers as W would; ``Parallel(NetTrim())`` is the paper's parallel form, ``Asymmetric(NetTrim())`` its cascade.
 
     Args:
         eps: ε / ‖W X‖_F; if None, ε is the error of the largest |W| refitted: less ℓ1 norm at no more error than that.

@@ -51,3 +51,10 @@ def level(wanted: Mapping[str, float], sizes: Mapping[str, int], mean: float, li
         below = sum(sizes[name] * value for name, value in shifted(middle).items()) < mean * size
         low, high = (middle, high) if below else (low, middle)
     return shifted(high)
+
+
+def block_of(name: str) -> str:
+    """Return the block that a weight stands in, by its name: as far as the first number, or all of it."""
+    parts = name.split(".")
+    end = next((i + 1 for i, part in enumerate(parts) if part.isdigit()), len(parts))
+    return ".".join(parts[:end])

@@ -1,11 +1,12 @@
-"""ECoFLaP: what a tensor is worth, from forward passes alone."""
+"""ECoFLaP: what a block is worth, from forward passes alone."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from gossamer.core.allocate._declared import needs
+from gossamer.core.allocate._declared import block_of, needs
 from gossamer.core.errors import GossamerError
 from gossamer.core.pattern import check_sparsity
 
@@ -23,20 +24,23 @@ def ecoflap(
     samples: int = 8,
     seed: int = 0,
 ) -> dict[str, float]:
-    """ECoFLaP: kept entries in proportion to a gradient-free importance (Sung et al., 2023, arXiv:2310.02998).
+    """ECoFLaP: kept entries in proportion to a block's gradient-free importance (Sung et al., 2023, arXiv:2310.02998).
 
-    I_i = mean over windows of |L(W_i + ε z) − L(W_i − ε z)| / 2ε with z ~ N(0, 1) drawn anew for each window and only tensor i
-    moved: a finite difference of the loss along z, which takes two forward passes and no gradient. Each tensor first keeps what
-    a sparsity of S + margin leaves it; the rest of (1 − S)·Σ n goes to the tensors in proportion to I, none getting more than
-    all its entries. The weights are put back to the bit.
+    I_b = mean over windows of |L(W_b + ε z) − L(W_b − ε z)| / 2ε with z ~ N(0, 1) drawn anew for each window and only the
+    weights of block b moved: a finite difference of the loss along z, which takes two forward passes and no gradient. Each
+    block first keeps what a sparsity of S + margin leaves it; the rest of (1 − S)·Σ n goes to the blocks in proportion to I,
+    none getting more than all its entries. All weights of a block get its sparsity. The weights are put back to the bit.
+
+    The authors' code moves the weights of a block one at a time, and adds up what it finds: here they are moved together, in a
+    seventh of the passes. What stands in no block counts as one.
 
     Args:
         tensors: the weights themselves; they are moved and put back.
         sparsity: fraction of zeros over all tensors, S in [0, 1).
         losses: the loss on each calibration window.
-        margin: how far above S a tensor's sparsity may be; the paper's largest sparsity of a layer is S + margin.
+        margin: how far above S a block's sparsity may be; the paper's largest sparsity of a layer is S + margin.
         eps: ε, the length of the step for each entry.
-        samples: how many windows are used, at most: 2 · samples · (number of tensors) forward passes.
+        samples: how many windows are used, at most: 2 · samples · (number of blocks) forward passes.
         seed: of the z.
 
     Raises:
@@ -53,32 +57,39 @@ def ecoflap(
         raise GossamerError(f"ecoflap wants margin >= 0, eps > 0 and samples >= 1; got {margin!r}, {eps!r} and {samples!r}")
     if not losses:
         raise GossamerError("ecoflap evaluates the loss on calibration windows, and there is none")
-    importance = {
-        name: probe(tensor, losses[:samples], eps, seed + i)
-        for i, (name, tensor) in enumerate(tensors.items())
-        if tensor.numel()
-    }
-    for name, value in importance.items():
-        if not torch.tensor(value).isfinite():
-            raise GossamerError(f"{name}: the loss beside it is NaN or infinite")
-    sizes = {name: tensors[name].numel() for name in importance}
-    return dict.fromkeys(tensors, sparsity) | shared(importance, sizes, sparsity, min(sparsity + margin, 1.0))
+    blocks: dict[str, list[Tensor]] = {}
+    for name, tensor in tensors.items():
+        if tensor.numel():
+            blocks.setdefault(block_of(name), []).append(tensor)
+    importance = {block: probe(inside, losses[:samples], eps, seed + i) for i, (block, inside) in enumerate(blocks.items())}
+    for block, value in importance.items():
+        if not math.isfinite(value):
+            raise GossamerError(f"{block}: the loss beside it is NaN or infinite")
+    sizes = {block: sum(tensor.numel() for tensor in inside) for block, inside in blocks.items()}
+    found = shared(importance, sizes, sparsity, min(sparsity + margin, 1.0))
+    return {name: found.get(block_of(name), sparsity) for name in tensors}
 
 
 @torch.no_grad()
-def probe(tensor: Tensor, losses: Losses, eps: float, seed: int) -> float:
-    """Return the mean of |L(W + ε z) − L(W − ε z)| / 2ε over windows, each with a z of its own."""
+def probe(tensors: Sequence[Tensor], losses: Losses, eps: float, seed: int) -> float:
+    """Return the mean of |L(W + ε z) − L(W − ε z)| / 2ε over windows, each with its own z, the tensors moved at once."""
     generator = torch.Generator().manual_seed(seed)
-    before, total = tensor.clone(), 0.0
+    before, total = [tensor.clone() for tensor in tensors], 0.0
+
+    def move(steps: Sequence[Tensor], by: float) -> None:
+        for tensor, was, step in zip(tensors, before, steps, strict=True):
+            tensor.copy_(was + by * step)
+
     try:
         for loss in losses:
-            step = eps * torch.randn(tensor.shape, generator=generator).to(tensor)
-            tensor.copy_(before + step)
+            steps = [torch.randn(tensor.shape, generator=generator).to(tensor) for tensor in tensors]
+            move(steps, eps)
             above = loss()
-            tensor.copy_(before - step)
+            move(steps, -eps)
             total += abs(above - loss()) / (2 * eps)
     finally:
-        tensor.copy_(before)
+        for tensor, was in zip(tensors, before, strict=True):
+            tensor.copy_(was)
     return total / len(losses)
 
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gossamer.core.allocate._declared import Allocation, check_finite, level, needs
+from gossamer.core.allocate._declared import Allocation, block_of, check_finite, level, needs
 from gossamer.core.errors import GossamerError
 from gossamer.core.pattern import check_sparsity, kept
 from gossamer.core.score import Score
@@ -121,7 +121,7 @@ def owl(tensors: Mapping[str, Tensor], sparsity: float, *, outlier: float = 5.0,
     blocks: dict[str, list[Tensor]] = {}
     for name, tensor in tensors.items():
         if tensor.numel():
-            blocks.setdefault(_block(name), []).append(tensor)
+            blocks.setdefault(block_of(name), []).append(tensor)
     sizes = {block: sum(x.numel() for x in scores) for block, scores in blocks.items()}
     ratio = {block: _outliers(scores, outlier) for block, scores in blocks.items()}
     low, high = min(ratio.values(), default=0.0), max(ratio.values(), default=0.0)
@@ -131,13 +131,7 @@ def owl(tensors: Mapping[str, Tensor], sparsity: float, *, outlier: float = 5.0,
     wanted = {block: sparsity - 2 * spread * d for block, d in scaled.items()}
     limits = max(sparsity - spread, 0.0), min(sparsity + spread, math.nextafter(1, 0))
     found = level(wanted, sizes, sparsity, limits)
-    return {name: found.get(_block(name), sparsity) for name in tensors}
-
-
-def _block(name: str) -> str:
-    parts = name.split(".")
-    end = next((i + 1 for i, part in enumerate(parts) if part.isdigit()), len(parts))
-    return ".".join(parts[:end])
+    return {name: found.get(block_of(name), sparsity) for name in tensors}
 
 
 def _outliers(scores: Sequence[Tensor], outlier: float) -> float:

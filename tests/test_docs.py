@@ -1,6 +1,7 @@
 """The documentation is up to date: its tables, its links, its commands, and the README's example."""
 
 import json
+import math
 import re
 import runpy
 import shlex
@@ -8,14 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 
-from gossamer import cli, models
+import gossamer
+from gossamer import cli, models, recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+# A recipe's numbers for a tiny model on a slow machine; its verbs, methods, goals and text stay the page's own.
+SMALL: dict[str, dict[str, Any]] = {
+    "prune": {"samples": 4, "seqlen": 32},
+    "shrink": {"samples": 4, "seqlen": 32},
+    "recover": {"steps": 3, "batch": 2, "seqlen": 32},
+    "evaluate": {"windows": 2, "seqlen": 32},
+    "pack": {"context": 16},
+}
 
 
 def label(page: Path) -> str:
@@ -91,6 +104,50 @@ def test_the_readme_example_runs(
     assert int((weight == 0).sum()) == weight.numel() // 2
     assert "SparseGPT 2:4: 14 weights" in capsys.readouterr().out
     assert (tmp_path / "pruned" / "sparsity.json").is_file()
+
+
+RECIPES = {
+    f"{label(page)}-{place}": value
+    for page in PAGES
+    for place, body in enumerate(code(page, "json"))
+    if "steps" in (value := json.loads(body))
+}
+
+
+@pytest.mark.parametrize("shown", RECIPES.values(), ids=RECIPES)
+def test_the_recipes_run(shown: dict[str, Any], tiny_llama: Any, tiny_dir: Path, tmp_path: Path) -> None:
+    recipe.Recipe.from_json(shown)  # as it is shown
+    with models.quiet():
+        tiny_llama(intermediate_size=128).save_pretrained(tiny_dir)  # wide enough for 5 % to be some channels
+    steps = [{verb: how | SMALL[verb]} for step in shown["steps"] for verb, how in step.items()]
+    out, said = tmp_path / "out", list[str]()
+    found = recipe.run(recipe.Recipe.from_json({"model": str(tiny_dir), "steps": steps}), out, say=said.append)
+
+    order = [f"{place} {verb}" for place, step in enumerate(steps, 1) for verb in step]
+    assert [line for line in said if line in order] == order
+    assert len(json.loads((out / "recipe.json").read_text())["made"]) == len(order)
+    made = [name.split() for name in order if not name.endswith(("evaluate", "pack"))]
+    assert [run["kind"] for run in found["runs"]] == [verb for _, verb in made]
+    before = gossamer.load(tiny_dir)
+    for (place, verb), run in zip(made, found["runs"], strict=True):
+        after = gossamer.load(out / f"{place}-{verb}")
+        inside = [sum(w.numel() for w in model.model.layers.parameters()) for model in (before, after)]
+        # Only training touches the embeddings: that it did, and that each step goes on from the one before, shows there.
+        same = torch.equal(before.get_input_embeddings().weight, after.get_input_embeddings().weight)
+        assert same == (verb != "recover")
+        if verb == "shrink":
+            assert run["structure"]["inside"] == inside
+            assert 1 - inside[1] / inside[0] == pytest.approx(run["recipe"]["sparsity"], abs=0.02)
+            assert inside[1] < inside[0]
+        else:
+            assert inside[0] == inside[1]
+        if verb == "recover":
+            assert len(run["training"]["losses"]) == SMALL["recover"]["steps"]
+            assert all(map(math.isfinite, run["training"]["losses"]))
+        before = after
+    scored = [run["evaluation"]["perplexity"] for run in found["runs"] if run.get("evaluation")]
+    assert scored
+    assert all(map(math.isfinite, scored))
 
 
 def test_what_was_measured_is_ranked_in_a_table_for_each_pattern(

@@ -202,3 +202,39 @@ def test_what_was_measured_is_ranked_in_a_table_for_each_pattern(
     assert cells[1] == ["`B`", "–", "40.00", "2.00", "1.50 (3)", "50.0%", "30", "3.0", "2.00 GB"]
     assert cells[2][2] == "not finite"
     assert cells[3][:4] == ["`D`", "owl", "50.00", "2.50"]
+
+
+def test_what_was_shrunk_has_a_table_for_each_goal(
+    generate: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = {"samples": 8, "seqlen": 32, "windows": 4, "dense": 20.0, "machine": "GPU", "parameters": [2000, 1000], "seeds": 1}
+    row = made | {"goal": "0.125", "sparsity": 0.12345, "tasks": {}, "at": None}
+    row |= dict.fromkeys(("spread", "seconds", "ratio", "peak_bytes"))
+    rows = [
+        row | {"method": "A", "perplexity": None},
+        row | {"method": "B", "perplexity": 40.0, "tasks": {"arc": 0.5}, "spread": 1.5, "seeds": 3},
+        row | {"method": "C", "perplexity": 30.0, "seconds": 5.0, "ratio": 1.2, "at": "1x512", "machine": "2 CPU cores"},
+        row | {"method": "D", "perplexity": 50.0, "goal": "1.3x"},
+    ]
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "shrunk.json").write_text(json.dumps({"dense": {"tasks": {"arc": 0.6}}, "rows": rows}))
+    monkeypatch.setitem(generate["shrunk"].__globals__, "ROOT", tmp_path)
+    lines = generate["shrunk"]().splitlines()
+    how = "calibrated on 8 windows of 32 tokens, perplexity over 4, where the dense model has 20.00, on GPU:"
+    assert lines[0] == "Dense: 2,000 parameters, arc 60.0%."
+    assert [line for line in lines if line.endswith(":")] == [f"12.5 % removed, {how}", f"1.3x as fast, {how}"]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|") and "--" not in line]
+    most = ["method", "parameters left", "of the blocks removed", "perplexity", "× dense", "spread", "arc"]
+    assert cells == [
+        [*most, "seconds to shrink", "a pass of 1x512, as fast", "on"],
+        ["`C`", "1,000", "0.1235", "30.00", "1.50", "–", "–", "5", "1.20x", "2 CPU cores"],
+        ["`B`", "1,000", "0.1235", "40.00", "2.00", "1.50 (3)", "50.0%", "–", "–", "–"],
+        ["`A`", "1,000", "0.1235", "not finite", "–", "–", "–", "–", "–", "–"],
+        most[:5],
+        ["`D`", "1,000", "0.1235", "50.00", "2.50"],
+    ]
+
+
+def test_every_structure_has_its_paper_s_claim(generate: dict[str, Any]) -> None:
+    named = {line.split("`")[1] for line in generate["claims"]("structures").splitlines() if "`" in line}
+    assert named == {thing["name"] for thing in generate["catalogue"]()["structures"]}

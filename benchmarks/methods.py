@@ -11,6 +11,8 @@ import argparse
 import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +87,8 @@ def main() -> None:
 
 def keep(path: Path, name: str, samples: int, document: dict[str, Any]) -> None:
     """Put rows of one part into the file, in the place of those it has, of which the others stay where they were made alike."""
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"parts": {}}
-        dense, machine, model = document["dense"], document["environment"], document["model"]["name"]
-        if found.setdefault("model", model) != model:
-            raise SystemExit(f"{path} has rows of {found['model']}: give another --json for {model}")
+    with changed(path, document["model"]["name"], {"parts": {}}) as found:
+        dense, machine = document["dense"], document["environment"]
         on = machine["accelerator"] or f"{machine['threads']} CPU core" + "s" * (machine["threads"] > 1)
         # A GPU's pass is so short that seconds in passes would say nothing.
         one = None if machine["accelerator"] else dense["seconds"] / dense["windows"] * samples
@@ -112,6 +109,18 @@ def keep(path: Path, name: str, samples: int, document: dict[str, Any]) -> None:
         told = dense.get("tasks") or (found.get("dense") or {}).get("tasks")
         found["dense"] = {"perplexity": dense["perplexity"], "tasks": told}
         found["parts"][name] = {**made, "rows": rows}
+
+
+@contextmanager
+def changed(path: Path, model: str, empty: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield a file's document to change, and write it back whole; another process that wants it waits so long."""
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else empty
+        if found.setdefault("model", model) != model:
+            raise SystemExit(f"{path} has rows of {found['model']}: give another --json for {model}")
+        yield found
         write_text(path, json.dumps(found, indent=1) + "\n")
     finally:
         os.close(folder)

@@ -99,6 +99,45 @@ def _figure(value: float) -> str:
     return f"{value:,.2f}" if value < 1e6 else f"{value:.1e}".replace("e+0", "e").replace("e+", "e")
 
 
+def shrunk() -> str:
+    """Return a table for each goal and calibration, the best method first, of the rows in shrunk.json."""
+    found = json.loads((ROOT / "docs" / "shrunk.json").read_text(encoding="utf-8"))
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(found["rows"], key=lambda row: [row[key] for key in ("goal", "samples", "seqlen", "windows")]):
+        goal = f"{row['goal']} as fast" if row["goal"].endswith("x") else f"{float(row['goal']) * 100:g} % removed"
+        made = f"{row['samples']} windows of {row['seqlen']} tokens, perplexity over {row['windows']}"
+        title = f"{goal}, calibrated on {made}, where the dense model has {row['dense']:.2f}"
+        groups.setdefault(title, []).append(row)
+    answers = "".join(f", {task.removesuffix('_local')} {one:.1%}" for task, one in found["dense"]["tasks"].items())
+    dense = f"Dense: {found['rows'][0]['parameters'][0]:,} parameters{answers}.\n"
+    return "\n".join([dense, *(_shrunk(title, rows, list(found["dense"]["tasks"])) for title, rows in groups.items())])
+
+
+def _shrunk(title: str, rows: list[dict[str, Any]], tasks: list[str]) -> str:
+    usual = Counter(row["machine"] for row in rows).most_common(1)[0][0]
+    passes = " or ".join(dict.fromkeys(row["at"] for row in rows if row["at"]))
+    named = [task.removesuffix("_local") for task in tasks]
+    head = ["method", "parameters left", "of the blocks removed", "perplexity", "× dense", "spread", *named]
+    lines = [
+        [
+            f"`{row['method']}`",
+            f"{row['parameters'][1]:,}",
+            f"{row['sparsity']:.4f}",
+            _figure(row["perplexity"]) if row["perplexity"] is not None else "not finite",
+            _figure(row["perplexity"] / row["dense"]) if row["perplexity"] is not None else "",
+            f"{row['spread']:.2f} ({row['seeds']})" if row["spread"] is not None else "",
+            *(f"{row['tasks'][task]:.1%}" if task in row["tasks"] else "" for task in tasks),
+            f"{row['seconds']:.0f}" if row["seconds"] is not None else "",
+            f"{row['ratio']:.2f}x" if row["ratio"] else "",
+            f"{row['peak_bytes'] / 1e9:.2f} GB" if row["peak_bytes"] else "",
+            row["machine"] if row["machine"] != usual else "",
+        ]
+        for row in sorted(rows, key=lambda row: row["perplexity"] or math.inf)
+    ]
+    head += ["seconds to shrink", f"a pass of {passes}, as fast", "peak memory", "on"]
+    return f"{title}, on {usual}:\n\n{_lines(head, lines)}"
+
+
 def orderings() -> str:
     """Return which orderings that are claimed hold here, of claims.toml and methods.json.
 
@@ -124,11 +163,11 @@ def _name(row: dict[str, Any]) -> str:
     return ", ".join(filter(None, [row["method"], row["how"]]))
 
 
-def claims() -> str:
-    """Return what each method costs, what its paper claims, and what is seen here, of claims.toml."""
+def claims(kind: str = "methods") -> str:
+    """Return what each method costs, what its paper claims, and what is seen here, of one part of claims.toml."""
     found = tomllib.loads((ROOT / "docs" / "claims.toml").read_text(encoding="utf-8"))
-    rows = [[f"`{name}`", one["cost"], one["claim"], one.get("here", "")] for name, one in found["methods"].items()]
-    return _lines(["method", "cost", "the paper's claim", "here"], rows)
+    rows = [[f"`{name}`", one["cost"], one["claim"], one.get("here", "")] for name, one in found[kind].items()]
+    return _lines([kind.removesuffix("s"), "cost", "the paper's claim", "here"], rows)
 
 
 def _lines(head: list[str], rows: Sequence[Sequence[str]]) -> str:
@@ -140,7 +179,14 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|") or "–"
 
 
-OTHERS = {"names": names, "measured": measured, "claims": claims, "orderings": orderings}
+OTHERS = {
+    "names": names,
+    "measured": measured,
+    "claims": claims,
+    "orderings": orderings,
+    "shrunk": shrunk,
+    "claimed": lambda: claims("structures"),
+}
 
 if __name__ == "__main__":
     for page in PAGES:

@@ -1,6 +1,7 @@
 """The documentation is up to date: its tables, its links, its commands, and the README's example."""
 
 import json
+import math
 import re
 import runpy
 import shlex
@@ -8,14 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 
-from gossamer import cli, models
+import gossamer
+from gossamer import cli, models, recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+# A recipe's numbers for a tiny model on a slow machine; its verbs, methods, goals and text stay the page's own.
+SMALL: dict[str, dict[str, Any]] = {
+    "prune": {"samples": 4, "seqlen": 32},
+    "shrink": {"samples": 4, "seqlen": 32},
+    "recover": {"steps": 3, "batch": 2, "seqlen": 32},
+    "evaluate": {"windows": 2, "seqlen": 32},
+    "pack": {"context": 16},
+}
 
 
 def label(page: Path) -> str:
@@ -93,6 +106,50 @@ def test_the_readme_example_runs(
     assert (tmp_path / "pruned" / "sparsity.json").is_file()
 
 
+RECIPES = {
+    f"{label(page)}-{place}": value
+    for page in PAGES
+    for place, body in enumerate(code(page, "json"))
+    if "steps" in (value := json.loads(body))
+}
+
+
+@pytest.mark.parametrize("shown", RECIPES.values(), ids=RECIPES)
+def test_the_recipes_run(shown: dict[str, Any], tiny_llama: Any, tiny_dir: Path, tmp_path: Path) -> None:
+    recipe.Recipe.from_json(shown)  # as it is shown
+    with models.quiet():
+        tiny_llama(intermediate_size=128).save_pretrained(tiny_dir)  # wide enough for 5 % to be some channels
+    steps = [{verb: how | SMALL[verb]} for step in shown["steps"] for verb, how in step.items()]
+    out, said = tmp_path / "out", list[str]()
+    found = recipe.run(recipe.Recipe.from_json({"model": str(tiny_dir), "steps": steps}), out, say=said.append)
+
+    order = [f"{place} {verb}" for place, step in enumerate(steps, 1) for verb in step]
+    assert [line for line in said if line in order] == order
+    assert len(json.loads((out / "recipe.json").read_text())["made"]) == len(order)
+    made = [name.split() for name in order if not name.endswith(("evaluate", "pack"))]
+    assert [run["kind"] for run in found["runs"]] == [verb for _, verb in made]
+    before = gossamer.load(tiny_dir)
+    for (place, verb), run in zip(made, found["runs"], strict=True):
+        after = gossamer.load(out / f"{place}-{verb}")
+        inside = [sum(w.numel() for w in model.model.layers.parameters()) for model in (before, after)]
+        # Only training touches the embeddings: that it did, and that each step goes on from the one before, shows there.
+        same = torch.equal(before.get_input_embeddings().weight, after.get_input_embeddings().weight)
+        assert same == (verb != "recover")
+        if verb == "shrink":
+            assert run["structure"]["inside"] == inside
+            assert 1 - inside[1] / inside[0] == pytest.approx(run["recipe"]["sparsity"], abs=0.02)
+            assert inside[1] < inside[0]
+        else:
+            assert inside[0] == inside[1]
+        if verb == "recover":
+            assert len(run["training"]["losses"]) == SMALL["recover"]["steps"]
+            assert all(map(math.isfinite, run["training"]["losses"]))
+        before = after
+    scored = [run["evaluation"]["perplexity"] for run in found["runs"] if run.get("evaluation")]
+    assert scored
+    assert all(map(math.isfinite, scored))
+
+
 def test_what_was_measured_is_ranked_in_a_table_for_each_pattern(
     generate: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,3 +202,39 @@ def test_what_was_measured_is_ranked_in_a_table_for_each_pattern(
     assert cells[1] == ["`B`", "–", "40.00", "2.00", "1.50 (3)", "50.0%", "30", "3.0", "2.00 GB"]
     assert cells[2][2] == "not finite"
     assert cells[3][:4] == ["`D`", "owl", "50.00", "2.50"]
+
+
+def test_what_was_shrunk_has_a_table_for_each_goal(
+    generate: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = {"samples": 8, "seqlen": 32, "windows": 4, "dense": 20.0, "machine": "GPU", "parameters": [2000, 1000], "seeds": 1}
+    row = made | {"goal": "0.125", "sparsity": 0.12345, "tasks": {}, "at": None}
+    row |= dict.fromkeys(("spread", "seconds", "ratio", "peak_bytes"))
+    rows = [
+        row | {"method": "A", "perplexity": None},
+        row | {"method": "B", "perplexity": 40.0, "tasks": {"arc": 0.5}, "spread": 1.5, "seeds": 3},
+        row | {"method": "C", "perplexity": 30.0, "seconds": 5.0, "ratio": 1.2, "at": "1x512", "machine": "2 CPU cores"},
+        row | {"method": "D", "perplexity": 50.0, "goal": "1.3x"},
+    ]
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "shrunk.json").write_text(json.dumps({"dense": {"tasks": {"arc": 0.6}}, "rows": rows}))
+    monkeypatch.setitem(generate["shrunk"].__globals__, "ROOT", tmp_path)
+    lines = generate["shrunk"]().splitlines()
+    how = "calibrated on 8 windows of 32 tokens, perplexity over 4, where the dense model has 20.00, on GPU:"
+    assert lines[0] == "Dense: 2,000 parameters, arc 60.0%."
+    assert [line for line in lines if line.endswith(":")] == [f"12.5 % removed, {how}", f"1.3x as fast, {how}"]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|") and "--" not in line]
+    most = ["method", "parameters left", "of the blocks removed", "perplexity", "× dense", "spread", "arc"]
+    assert cells == [
+        [*most, "seconds to shrink", "a pass of 1x512, as fast", "on"],
+        ["`C`", "1,000", "0.1235", "30.00", "1.50", "–", "–", "5", "1.20x", "2 CPU cores"],
+        ["`B`", "1,000", "0.1235", "40.00", "2.00", "1.50 (3)", "50.0%", "–", "–", "–"],
+        ["`A`", "1,000", "0.1235", "not finite", "–", "–", "–", "–", "–", "–"],
+        most[:5],
+        ["`D`", "1,000", "0.1235", "50.00", "2.50"],
+    ]
+
+
+def test_every_structure_has_its_paper_s_claim(generate: dict[str, Any]) -> None:
+    named = {line.split("`")[1] for line in generate["claims"]("structures").splitlines() if "`" in line}
+    assert named == {thing["name"] for thing in generate["catalogue"]()["structures"]}

@@ -89,6 +89,42 @@ def test_the_bound_holds_for_what_it_promises() -> None:
     assert sap({"w": w}) == {"w": 0.75}, "of the 25 that are left none is spare"
 
 
+def needed(w: torch.Tensor, p: float, q: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return every r = 1 … d, its least η_r, Σ_rest |w|^p = η_r·Σ_largest |w|^p, and the r that the theorem wants at it."""
+    powers = w.double().abs().sort(descending=True).values.pow(p)
+    kept = powers.cumsum(0)
+    etas = powers.flip(0).cumsum(0).flip(0)[1:] / kept[:-1]
+    etas = torch.cat([etas, etas.new_zeros(1)])  # nothing is dropped at r = d
+    index = pq_index(w.double(), p, q)
+    return torch.arange(1, len(w) + 1), etas, torch.tensor([len(w) * bound(index, p, q, float(eta)) for eta in etas])
+
+
+@pytest.mark.parametrize(("p", "q"), [(0.5, 1.0), (1.0, 2.0), (0.25, 0.75), (0.5, 3.0)])
+@pytest.mark.parametrize("d", [1, 2, 7, 100])
+def test_no_vector_gets_by_with_fewer_entries_than_the_theorem_wants(d: int, p: float, q: float) -> None:
+    generator = torch.Generator().manual_seed(d)
+    for power in (0.0, 0.5, 1.0, 3.0, 8.0):  # from equal entries to a few that hold everything
+        for _ in range(5):
+            w = torch.randn(d, generator=generator).double()
+            r, _, least = needed(w.sign() * w.abs() ** power, p, q)
+            assert (r >= least * (1 - 1e-9)).all(), (power, w)
+
+
+@pytest.mark.parametrize(("p", "q"), [(0.5, 1.0), (1.0, 3.0), (0.25, 0.75), (0.5, 3.0)])
+@pytest.mark.parametrize(("r", "eta"), [(3, 0.0), (30, 0.1), (5, 1.0), (1, 4.0)])
+def test_some_vectors_need_no_more_than_the_theorem_wants(r: int, eta: float, p: float, q: float) -> None:
+    """Hölder's inequality is an equality for r equal entries; the others share out η in p-norm, and have next to no q-norm.
+
+    So no exponent may be another: a larger bound would be wrong here, and a smaller one not the theorem's.
+    """
+    d = 300_000
+    w = torch.full((d,), (eta * r / (d - r) + 1e-12) ** (1 / p), dtype=torch.float64)
+    w[:r] = 1.0
+    reached = float(w[r:].pow(p).sum() / r)
+    assert reached == pytest.approx(eta, abs=1e-6)
+    assert d * bound(pq_index(w, p, q), p, q, reached) == pytest.approx(r, rel=5e-3)
+
+
 def test_sap_without_a_sparsity_is_the_papers_and_goes_on_from_zeros() -> None:
     w = torch.tensor([4.0, 1.0]).repeat(50)
     assert sap({"w": w})["w"] == pytest.approx(0.1)

@@ -26,6 +26,9 @@ class DSnoT(Solver):
     (the paper, which takes the swap that changes the sign of e_i and stops after it, may end above where it began). Rows keep
     their counts, and under N:M both are of one group.
 
+    The authors' code, unless told otherwise, goes on swapping above the threshold whatever becomes of e_i, and leaves the MLPs
+    as they began; under N:M what it prunes is the group's lowest score, on whichever side of zero.
+
     Args:
         init: the method whose mask is where it starts, a score or a solver (of which only the mask is taken); Wanda if None.
         cycles: at most how many swaps a row.

@@ -27,9 +27,11 @@ class AdaptPruner(Structure):
         multiple: channels are counted in multiples of this.
 
     The authors give Δ and stop once the model is small enough; here Δ is what makes each round end at its total, so that the
-    last does too. No member comes back, should its block's s_l fall, nor if a later round fails: then the model is what the
-    last one left. A round takes one forward pass and one with gradients of all weights that go with members, in float32;
-    biases and norms are not scored.
+    last does too. Their script, unless told otherwise, leaves out the first three blocks (and the last of LLaMA's 32), of
+    pruning and of the mean and the deviation in I_l; here every block takes part, as in their experiments with training.
+    No member comes back, should its block's s_l fall, nor if a later round fails: then the model is what the last one left. A
+    round takes one forward pass and one with gradients of all weights that go with members, in float32; biases and norms are
+    not scored.
 
     >>> AdaptPruner(step=0.05)
     AdaptPruner(step=0.05)

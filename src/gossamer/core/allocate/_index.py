@@ -25,7 +25,8 @@ def sap(
 
     I = 1 − d^(1/q − 1/p) · ‖w‖_p / ‖w‖_q is 0 where all entries are equally large and nears 1 where few hold everything; then
     r = d · (1 + η)^(−q/(q−p)) · (1 − I)^(pq/(q−p)) entries are needed at least. d counts entries that are not zero: called
-    again on a pruned and retrained model, it goes on from there, as the paper's iterations do.
+    again on a pruned and retrained model, it goes on from there, as the paper's iterations do. The authors round r up and
+    how many are pruned down; here the pattern rounds to the nearest.
 
     With no sparsity the method's own γ decides the total. With a sparsity S, γ is found so that the total is S, and β is raised
     to S where it is below: the index then says which tensors pay.

@@ -412,6 +412,7 @@ MANY = ["compare", "{model}", "--windows", "2", *SMALL, "--out", "{tmp}/cmp"]
 # what is done to the model first, the command line, what the one line says
 BAD: dict[str, tuple[Callable[[Path], Any] | None, list[str], str]] = {
     "method": (None, [*PRUNE, "--method", "Wandaa"], "unknown method 'Wandaa'; did you mean Wanda"),
+    "method's argument's type": (None, [*PRUNE, "--method", "SparseGPT(damp='x')"], "one of them is of the wrong type"),
     "method's argument": (None, [*PRUNE, "--method", "SparseGPT(dampp=1)"], "dampp"),
     "method of no module": (None, [*PRUNE, "--method", "no.such:Score"], "cannot import the method no.such:Score"),
     "pattern": (None, [*PRUNE, "--pattern", "Unstructred"], "unknown pattern 'Unstructred'; did you mean Unstructured"),
@@ -429,6 +430,9 @@ BAD: dict[str, tuple[Callable[[Path], Any] | None, list[str], str]] = {
     "1:4 at 0.5": (None, [*PRUNE, "--pattern", "1:4", "--sparsity", "0.5"], "fixes its own sparsity at 0.75.*contradicts 0.5"),
     "allocation": (None, [*LOOSE, "--sparsity", "0.5", "--allocate", "erkk"], "unknown allocation 'erkk'; did you mean erk"),
     "no data": (None, [*PRUNE, "--method", "Wanda"], "Wanda needs calibration data"),
+    "allocation's number": (
+        None, [*WANDA, "--pattern", "Unstructured", "--sparsity", "0.5", "--allocate", "owl(spread=5)"], "spread in",
+    ),
     "no data to allocate": (None, [*LOOSE, "--sparsity", "0.5", "--allocate", "owl"], "allocate=owl needs calibration data"),
     "short text": (
         writes("s.txt", "0123"), [*WANDA, "--data", "{tmp}/s.txt"],
@@ -490,6 +494,8 @@ BAD: dict[str, tuple[Callable[[Path], Any] | None, list[str], str]] = {
     "eval seqlen 1": (None, [*EVAL, "--seqlen", "1"], "seqlen is at least 2"),
     "eval batch": (None, [*EVAL, "--batch", "0"], "batch is a positive integer"),
     "eval long windows": (None, [*EVAL, "--seqlen", "129"], "windows of 129 tokens are longer than the 128"),
+    "eval json under a file": (writes("ev", "mine"), [*EVAL, "--json", "{tmp}/ev/x.json"], "write .*x.json: .*ev is a file"),
+    "eval limit": (None, [*EVAL, "--limit", "3"], "--limit and --tasks-dir are for --tasks"),
     "eval json": (None, [*EVAL, "--json", "{tmp}"], "is a directory; give a file"),
     "eval short text": (writes("s.txt", "0"), [*EVAL, "--data", "{tmp}/s.txt"], "has 1 tokens, and one .* needs 16"),
     "compare method": (None, [*MANY, "--methods", "Magnitude;Wandaa"], "unknown method 'Wandaa'"),
@@ -503,6 +509,7 @@ BAD: dict[str, tuple[Callable[[Path], Any] | None, list[str], str]] = {
     "compare NaN": (put(UP, float("nan")), MANY, "NaN or infinite"),
     "compare truncated": (truncated, MANY, "truncated or corrupt"),
     "compare into the model": (None, [*MANY, "--out", "{model}"], "is the model itself"),
+    "compare into another model": (lambda m: shutil.copytree(m, m.parent / "cmp"), MANY, "is the directory of a model"),
     "compare into a file": (writes("cmp", "mine"), MANY, "is a file"),
     "report of nothing": (None, ["report", "{tmp}/no.json"], "cannot read .*no.json: No such file"),
     "report of no JSON": (writes("a.json", "{"), ["report", "{tmp}/a.json", "-o", "{tmp}/p.html"], "a.json is not JSON"),

@@ -57,12 +57,16 @@ def test_a_speedup_is_asked_for_and_told(
         (["--method", "Dept", "--sparsity", "0.4"], "unknown structure 'Dept'; did you mean Depth"),
         (["--method", "Depth", "--sparsity", "1.4"], "sparsity is the fraction of the blocks' parameters that goes"),
         (["--method", "Depth", "--sparsity", "0.01"], "removes whole blocks: of 2, a sparsity of 0.01 is 0"),
-        (["--method", "CFSP", "--sparsity", "0.95"], "parameters in channels"),
+        (
+            ["--method", "CFSP", "--sparsity", "0.95"],
+            "parameters in channels at most 10,752 can go",
+        ),
         (["--method", "CFSP(multiple=0)", "--sparsity", "0.2"], "CFSP wants multiple >= 1"),
         (["--method", "CFSP", "--speedup", "1.2"], "takes a sparsity, no speed-up; what goes by time is ZipLM"),
         (["--method", "ZipLM", "--speedup", "0.5"], "a speed-up is how many times as fast"),
         (["--method", "ZipLM", "--speedup", "1.5", "--at", "512"], "--at is BATCHxTOKENS, such as 1x512; got '512'"),
         (["--method", "ZipLM", "--speedup", "900", "--at", "1x8"], "a speed-up of 900.00 was asked for"),
+        (["--method", "CFSP", "--sparsity", "0.2", "--at", "1x8"], "--at is the pass that --speedup is of"),
         (["--method", "ZipLM"], "either sparsity or speedup"),
     ],
 )

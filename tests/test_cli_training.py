@@ -53,6 +53,7 @@ def test_the_command_in_the_report_does_the_same_again(run: Any, pruned: Path, b
         (["--method", "Ful"], "unknown method 'Ful'; did you mean Full?"),
         (["--loss", "l"], "unknown loss 'l'"),
         (["--teacher", "nowhere/"], "nowhere"),
+        (["--windows", "2"], "--windows are of --eval-data, and there is none"),
         (["--steps", "0"], "steps is at least 1"),
         (["--device", "nope"], "the device 'nope' cannot be used here"),
     ],

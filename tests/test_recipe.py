@@ -97,6 +97,24 @@ def test_another_recipe_is_refused_and_told_apart(tiny_dir: Path, steps: list[di
     run(tiny_dir, other, tmp_path / "out", force=True)
 
 
+PRUNE = {"prune": {"method": "Magnitude", "pattern": "2:4"}}
+
+
+@pytest.mark.parametrize(
+    ("late", "told"),
+    [
+        ({"recover": {"data": "nowhere.txt", "steps": 3}}, "step 2 of the recipe: no data 'nowhere.txt'"),
+        ({"evaluate": {"data": "nowhere.txt"}}, "step 2 of the recipe: no data 'nowhere.txt'"),
+        ({"evaluate": {"windows": 10**6, "seqlen": 16}}, "step 2 of the recipe: .* fewer than the 1000000 asked for"),
+        ({"evaluate": {"seqlen": 4096}}, "step 2 of the recipe: windows of 4096 tokens are longer than"),
+    ],
+)
+def test_a_text_that_is_not_there_shows_before_the_first_step(late: Any, told: str, tiny_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(GossamerError, match=told):
+        run(tiny_dir, [PRUNE, late], tmp_path / "out")
+    assert not (tmp_path / "out" / "1-prune").exists()
+
+
 @pytest.mark.parametrize(
     ("value", "told"),
     [
@@ -109,6 +127,8 @@ def test_another_recipe_is_refused_and_told_apart(tiny_dir: Path, steps: list[di
         ({"model": "x", "steps": [{"prune": {"method": "Wand", "pattern": "2:4"}}]}, "step 1 .*did you mean Wanda"),
         ({"model": "x", "steps": [{"recover": {"data": "d", "steps": 0}}]}, "step 1 .*at least 1"),
         ({"model": "x", "steps": [{"pack": {}}]}, "begins with pack"),
+        ({"model": "x", "steps": [PRUNE, {"pack": {"batch": "x"}}]}, "step 2 .*pack wants batch to be an integer.* got 'x'"),
+        ({"model": "x", "steps": [PRUNE, {"evaluate": {"windows": 0}}]}, "step 2 .*evaluate wants windows .*at least 1; got 0"),
     ],
 )
 def test_a_mistake_shows_before_anything_is_done(value: Any, told: str, tmp_path: Path) -> None:

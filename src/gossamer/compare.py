@@ -116,6 +116,8 @@ def compare(
         raise GossamerError(f"the output {folder} is a file; give a directory")
     if folder.resolve() == source.resolve():
         raise GossamerError(f"the output {folder} is the model itself; give another directory")
+    if (folder / "config.json").exists():
+        raise GossamerError(f"the output {folder} is the directory of a model; give another")
     identity = _identity(source, windows_of, [data, seqlen, samples, sample, seed, targets])
     runs_folder = folder / "runs"
 

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from torch import Tensor
+
 from gossamer.core.atomic import lock, write_text
 from gossamer.core.errors import GossamerError
 from gossamer.core.report import FORMAT, environment, read_json
 from gossamer.data import evaluation as evaluation_windows
+from gossamer.data import texts
 from gossamer.evaluate import check_ids, perplexity
 from gossamer.models import causal_lm, resolve, skeleton, tokenizer
 from gossamer.recovering import read, recover
@@ -116,6 +119,7 @@ def run(
             made = _finished(recipe, read_json(kept))
         source = resolve(recipe.model, say=say)
         bench = _Bench(recipe, source, folder, device, progress, say)
+        bench.look(recipe.steps[len(made) :], len(made) + 1)
         for place, step in enumerate(recipe.steps, 1):
             if place <= len(made):
                 say(f"{place} {step.verb}: kept from the run before")
@@ -138,6 +142,17 @@ class _Bench:
         self.how: dict[str, Any] = {"device": device, "progress": progress}
         self.dense: dict[str, Any] = {}
         self.runs: list[dict[str, Any]] = []
+
+    def look(self, steps: Sequence[Step], first: int) -> None:
+        """Raise where the text of a step is not there, or too short to evaluate on, before any work and not after hours."""
+        for place, step in enumerate(steps, first):
+            try:
+                if step.verb == "evaluate":
+                    self._ids(**step.how)
+                for text in filter(None, (step.how.get("data"), step.how.get("evaluate"))):
+                    texts(text, split="calibration")
+            except GossamerError as error:
+                raise GossamerError(f"step {place} of the recipe: {error}") from None
 
     def do(self, place: int, step: Step) -> dict[str, Any]:
         """Do a step, and return what has to be kept of it."""
@@ -181,13 +196,17 @@ class _Bench:
         return (out.with_name(f".{out.name}.training") / "training.json").exists()
 
     def _evaluate(self, data: str = "builtin", seqlen: int = 512, windows: int | None = None) -> dict[str, Any]:
-        ids = evaluation_windows(data, tokenizer(self.source), seqlen=seqlen, first=windows)
-        check_ids(skeleton(self.source), ids)
+        ids = self._ids(data, seqlen, windows)
         found = {}
         for name, path in (("dense", self.source), ("evaluation", self.here)):
             model = causal_lm(path, device=self.how["device"])
             found[name] = {**perplexity(model, ids), "data": data, "bytes": describe(model)["bytes"]}
         return found
+
+    def _ids(self, data: str = "builtin", seqlen: int = 512, windows: int | None = None) -> Tensor:
+        ids = evaluation_windows(data, tokenizer(self.source), seqlen=seqlen, first=windows)
+        check_ids(skeleton(self.source), ids)
+        return ids
 
     def _pack(self, out: Path, batch: int = 1, context: int = 128) -> dict[str, Any]:
         model = causal_lm(self.here, device=self.how["device"])
@@ -244,6 +263,9 @@ def _check(place: int, verb: str, how: Mapping[str, Any]) -> None:
             goal_of(structure_of(how["method"]), how.get("sparsity"), how.get("speedup"), how.get("at", (1, 512)))
         elif verb == "recover":
             read(how.get("method", "Full"), how.get("pattern"), how.get("sparsity"), how["steps"])
+        for key in {"pack": ("batch", "context"), "evaluate": ("seqlen", "windows")}.get(verb, ()):
+            if (n := how.get(key)) is not None and (type(n) is not int or n < 1):
+                raise GossamerError(f"{verb} wants {key} to be an integer, at least 1; got {n!r}")
     except GossamerError as error:
         raise GossamerError(f"step {place} of the recipe: {error}") from None
 

@@ -102,6 +102,9 @@ def check_file(path: Path | None) -> None:
     """Raise before any work, rather than after it, if the result could not become this file."""
     if path is not None and path.is_dir():
         raise GossamerError(f"{path} is a directory; give a file")
+    above = next((folder for folder in path.absolute().parents if folder.exists()), None) if path is not None else None
+    if above is not None and not above.is_dir():
+        raise GossamerError(f"cannot write {path}: {above} is a file")
 
 
 def write(path: Path | None, value: dict[str, Any]) -> None:

@@ -30,6 +30,7 @@ from gossamer.cli._shared import (
     speaker,
     write,
 )  # fmt: skip
+from gossamer.core.errors import GossamerError
 
 Kind = Literal["scores", "solvers", "structures", "tuners", "patterns", "allocations", "schedules", "formats", "sites"]
 
@@ -78,6 +79,8 @@ def prune(
     )
     if not quiet:
         out.print(str(report))
+        if report.totals["nnz"] in (0, report.totals["entries"]):
+            out.print(f"note: {'nothing is left of the pruned weights' if not report.totals['nnz'] else 'nothing was pruned'}")
         out.print(f"wrote {to}; next: gossamer eval {to}")
 
 
@@ -103,6 +106,8 @@ def evaluate(
 
     where = device_of(device)
     check_file(to_json)
+    if tasks is None and (limit is not None or tasks_dir is not None):
+        raise GossamerError("--limit and --tasks-dir are for --tasks")
     path = resolve(model, say=speaker(quiet))
     if tasks is not None:
         result: dict[str, Any] = {"tasks": measure.tasks(path, tasks, tasks_dir, limit=limit, batch=batch, device=where)}

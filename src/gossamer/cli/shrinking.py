@@ -30,7 +30,7 @@ def shrink(
     to: Annotated[Path, typer.Option("--out", metavar="DIR", help="the smaller model's directory")],
     sparsity: Annotated[float | None, typer.Option(help="fraction of the blocks' parameters that goes, in (0, 1)")] = None,
     speedup: Annotated[float | None, typer.Option(help="instead: how many times as fast, measured here")] = None,
-    at: Annotated[str, typer.Option(metavar="BATCHxTOKENS", help="the pass that --speedup is of")] = "1x512",
+    at: Annotated[str | None, typer.Option(metavar="BATCHxTOKENS", help="the pass that --speedup is of; else 1x512")] = None,
     data: Annotated[str | None, typer.Option(help="calibration text: a file, a folder, builtin, a data set")] = None,
     seqlen: SeqLen = 512,
     samples: Samples = 32,
@@ -47,11 +47,13 @@ def shrink(
     from gossamer.sites.shrinking import goal_of, opens, structure_of
 
     how, say = structure_of(method), speaker(quiet)  # a slip in these shows before a model is fetched
-    shape = _shape(at)
+    if at is not None and speedup is None:
+        raise GossamerError("--at is the pass that --speedup is of, and there is none")
+    shape = _shape(at or "1x512")
     goal_of(how, sparsity, speedup, shape)
     path = resolve(model, say=say)
     check_out(to, path, force)
-    say(opens(how.even, to))
+    say(f"when it is done, {opens(how.even, to)}")
     report = shrink_checkpoint(
         path,
         to,

@@ -23,6 +23,7 @@ from gossamer.cli._shared import (
     typed,
     write,
 )  # fmt: skip
+from gossamer.core.errors import GossamerError
 
 
 @app.command()
@@ -56,6 +57,8 @@ def recover(
     from gossamer.recovering import read
     from gossamer.recovering import recover as run
 
+    if windows is not None and eval_data is None:
+        raise GossamerError("--windows are of --eval-data, and there is none")
     read(method, pattern, sparsity, steps)  # a slip in these shows before a model is fetched
     report = run(
         resolve(model, say=speaker(quiet)),

@@ -139,6 +139,7 @@ def _make(cls: Any, args: list[Any], keywords: dict[str, Any], text: str, what: 
         return cls(*args, **keywords)
     except TypeError as error:
         reason = str(error).replace(f"{getattr(cls, '__name__', cls)}.__init__() ", "")
+        reason = "one of them is of the wrong type" if "not supported between" in reason else reason
         signature = inspect.signature(cls)
         raise GossamerError(f"cannot make the {what} {text!r}: {reason}; its signature is {signature}") from None
 

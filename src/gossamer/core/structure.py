@@ -273,8 +273,8 @@ def counts(groups: Sequence[Group], share: Sequence[float], parameters: float, *
     lowest = sum(n * group.size for n, group in zip(least, groups, strict=True))
     if not lowest <= parameters <= sum(whole):
         raise GossamerError(
-            f"there are {sum(whole):,} parameters in {groups[0].kind}, and at least {lowest:,} have to stay "
-            f"({multiple} of them in each block); {round(parameters):,} cannot"
+            f"of {sum(whole):,} parameters in {groups[0].kind} at most {sum(whole) - lowest:,} can go "
+            f"({multiple} {groups[0].kind} stay in each block), and {round(sum(whole) - parameters):,} would have to"
         )
     kept = [min(max(s, 0.0), 1.0) for s in share]
     for _ in range(len(groups)):  # what a group that is full cannot take goes to the others

@@ -100,7 +100,7 @@ def blocks_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if len(lists) > 1:
         raise GossamerError(
             f"{type(model).__name__} has {len(lists)} stacks of blocks ({', '.join(lists)}); "
-            "calibration goes through one: use a data-free method such as Magnitude"
+            "calibration goes through one, so only a data-free method such as Magnitude prunes it"
         )
     return next(iter(lists.items()))
 

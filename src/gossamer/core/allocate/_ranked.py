@@ -115,8 +115,8 @@ def owl(tensors: Mapping[str, Tensor], sparsity: float, *, outlier: float = 5.0,
     {'layers.0.w': 0.58, 'layers.1.w': 0.42}
     """
     sparsity = check_sparsity(sparsity)
-    if not (outlier >= 0 and spread >= 0):
-        raise GossamerError(f"owl wants outlier >= 0 and spread >= 0; got outlier={outlier!r}, spread={spread!r}")
+    if not (outlier >= 0 and 0 <= spread < 1):
+        raise GossamerError(f"owl wants outlier >= 0 and spread in [0, 1); got outlier={outlier!r}, spread={spread!r}")
     check_finite(tensors)
     blocks: dict[str, list[Tensor]] = {}
     for name, tensor in tensors.items():

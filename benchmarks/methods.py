@@ -29,6 +29,7 @@ PARTS: dict[str, tuple[str, str, list[float], str]] = {
     "permuted": ("Magnitude;Wanda;SparseGPT", "NM(2, 4, permute=True)", [], "uniform"),
     "owl": ("Wanda;SparseGPT", "Unstructured", [0.7], "owl"),
     "ecoflap": ("Wanda;SparseGPT", "Unstructured", [0.7], "ecoflap"),
+    "evolved": ("Wanda;SparseGPT", "Unstructured", [0.7], "evolved"),
     "searched": ("SparseGPT", "Unstructured", [0.7], "searched"),
     "global": ("Magnitude", "Unstructured", [0.5, 0.7], "global_(floor=0.2)"),
     "groups": ("Magnitude;Wanda;ALPS;GQSA", "Block(1, 16)", [0.5], "uniform"),

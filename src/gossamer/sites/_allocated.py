@@ -1,7 +1,6 @@
 """What an allocation has to see of the dense model, and the sparsity of each target that it returns."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,14 +8,14 @@ from torch import Tensor, nn
 
 from gossamer.core import allocate as allocations
 from gossamer.core.score import Score
-from gossamer.core.stats import INPUTS, Stats
+from gossamer.core.stats import Stats
 from gossamer.sites._bar import bar
-from gossamer.sites._calibrate import Batch, Calibration, Visit
-from gossamer.sites._gradients import gradients
+from gossamer.sites._calibrate import Batch
 from gossamer.sites._job import Job
-from gossamer.sites._pruning import Pruning
+from gossamer.sites._trials import trials
+from gossamer.sites._visit import visit_all
 from gossamer.sites._walk import Target
-from gossamer.sites._whole import Whole, fill, losses, measured
+from gossamer.sites._whole import losses
 
 
 def allocated(
@@ -40,6 +39,8 @@ def allocated(
             more.append(losses(model, batches, shown.update))
         if "errors" in job.allocation_needs:
             more.append(lambda grid: _errors(model, job, grid, chosen, batches, device, progress))
+        if "trials" in job.allocation_needs:
+            more.append(lambda grid: trials(model, job, chosen, batches, device, progress, grid))
         found = dict(job.allocation(tensors, job.sparsity, *more))
     if grain is None or job.sparsity is None:
         return found
@@ -98,40 +99,3 @@ def _energy(w: Tensor, gram: Tensor) -> float:
     """‖W X‖² = tr(W G Wᵀ), G = X Xᵀ."""
     w = w.float()
     return float((w @ gram * w).sum(dtype=torch.float64))
-
-
-def visit_all(
-    model: nn.Module,
-    gather: frozenset[str],
-    chosen: Sequence[Target],
-    batches: Sequence[Batch],
-    device: torch.device | None,
-    visit: Visit,
-    pruning: Pruning | None = None,
-    progress: bool | None = False,
-) -> None:
-    """Hand over every target once with the statistics named in ``gather``, block by block where these come from inputs."""
-    whole = measured(model, gather, batches, chosen, progress)
-    if gather & INPUTS:
-        walk = Calibration(model, batches, gather, device=device)
-        for index in range(len(walk.blocks)):
-            inside = [target for target in chosen if target.block == index]
-            with pruning.block(walk, index, inside) if pruning else nullcontext(inside) as visited:
-                walk.block(index, visited, lambda target, stats: visit(target, fill(target, stats, whole)))
-        return
-    for block in dict.fromkeys(target.block for target in chosen):
-        inside = [target for target in chosen if target.block == block]
-        known = whole | own_gradients(model, gather, batches, inside)
-        for target in inside:
-            visit(target, blank_stats(target, known))
-
-
-def own_gradients(model: nn.Module, gather: frozenset[str], batches: Sequence[Batch], inside: Sequence[Target]) -> Whole:
-    """Return each window's gradients of some targets, where they are gathered: large, so those of one block at a time."""
-    return {"grads": gradients(model, batches, inside, each=True)} if "grads" in gather else {}
-
-
-def blank_stats(target: Target, whole: Whole) -> list[Stats]:
-    """Return statistics without inputs, one for each matrix of the target, holding what was measured on the whole model."""
-    count, _, width = target.matrices().shape
-    return fill(target, [Stats(width, device=target.parameter.device) for _ in range(count)], whole)

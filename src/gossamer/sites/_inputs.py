@@ -37,7 +37,7 @@ def calibration_batches(
     assert data is not None  # checked above
     split = lambda ids: ids.tensor_split(min(lanes, len(ids)))  # noqa: E731
     batches = batches_of(data, tokenizer, seqlen, samples, sample, seed, split, folder=folder, device=device)
-    losses = {"grad", "square_grad", "grads", "hessian_grad", "losses"}
+    losses = {"grad", "square_grad", "grads", "hessian_grad", "losses", "trials"}
     if job.wants & losses and not all("input_ids" in batch for batch in batches):
         wants = show_method(job.solver) if job.gather & losses else f"allocate={show(job.allocation)}"
         raise GossamerError(f"{wants} takes the next-token loss, so each mapping needs input_ids")

@@ -198,7 +198,7 @@ def select_targets(model: nn.Module, job: Job, expression: str | None, *, weight
     """Return the targets, all of which the pattern fits; ``weightless`` for a model that has no weights yet."""
     chosen = targets(model, expression)
     outside = [target.name for target in chosen if target.block is None]
-    if outside and (job.wants & INPUTS or "errors" in job.allocation_needs):
+    if outside and (job.wants & INPUTS or job.allocation_needs & {"errors", "trials"}):
         wants = show_method(job.solver) if job.gather & INPUTS else f"allocate={show(job.allocation)}"
         raise GossamerError(
             f"{outside[0]} stands outside the blocks, where {wants} has no calibration; "

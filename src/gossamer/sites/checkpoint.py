@@ -21,7 +21,7 @@ from gossamer.core.solver import Factorizer, Solver
 from gossamer.core.stats import INPUTS
 from gossamer.formats import Wrapped
 from gossamer.models import check_directory, quiet, skeleton
-from gossamer.sites._allocated import allocated, blank_stats, own_gradients
+from gossamer.sites._allocated import allocated
 from gossamer.sites._bar import bar
 from gossamer.sites._calibrate import Batch, Calibration
 from gossamer.sites._inputs import calibration_batches, check_batches
@@ -32,6 +32,7 @@ from gossamer.sites._recipe import command_of, recipe_of
 from gossamer.sites._rows import describe, peak_bytes, phases, row
 from gossamer.sites._run import Run, write_sparsity
 from gossamer.sites._stream import Checkpoint
+from gossamer.sites._visit import blank_stats, own_gradients
 from gossamer.sites._walk import Target
 from gossamer.sites._walk import targets as find_targets
 from gossamer.sites._whole import fill, measured

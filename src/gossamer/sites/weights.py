@@ -15,7 +15,7 @@ from gossamer.core.report import Report
 from gossamer.core.score import Score
 from gossamer.core.solver import Factorizer, Solver
 from gossamer.core.stats import Stats
-from gossamer.sites._allocated import allocated, visit_all
+from gossamer.sites._allocated import allocated
 from gossamer.sites._bar import bar as bar
 from gossamer.sites._calibrate import Batch
 from gossamer.sites._inputs import calibration_batches, check_batches
@@ -24,6 +24,7 @@ from gossamer.sites._pruning import Pruning, check_mlps
 from gossamer.sites._recipe import recipe_of
 from gossamer.sites._rows import describe, peak_bytes, phases
 from gossamer.sites._swap import swap_in
+from gossamer.sites._visit import visit_all
 from gossamer.sites._walk import Target
 
 # How many groups of calibration windows go through a block in lockstep. More lanes: smaller temporaries, smaller products.

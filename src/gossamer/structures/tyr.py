@@ -1,6 +1,5 @@
 """Týr-the-Pruner: every layer pruned to several levels, and an evolution that trades levels between layers."""
 
-import math
 import random
 from typing import ClassVar
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gossamer.core.errors import GossamerError
+from gossamer.core.evolution import check_stages, evolve, swapped
 from gossamer.core.spec import spec
 from gossamer.core.stats import Stats
 from gossamer.core.structure import Divergence, Group, Skeleton, Structure, counts
@@ -64,12 +64,10 @@ class Tyr(Structure):
     needs: ClassVar[frozenset[str]] = frozenset({"gram", "divergence"})
 
     def __post_init__(self) -> None:
-        numbers = (self.rounds, self.levels, self.generations, self.offspring, self.multiple, *self.survivors, *self.tokens)
-        stages = len(self.survivors) == len(self.tokens) > 0 and self.survivors[-1] == 1
-        if min(numbers) < 1 or not stages or not self.damp > 0 or not 0 < self.interval < 1:
-            raise GossamerError(
-                f"{self!r}: counts are 1 or more, damp > 0, interval in (0, 1), survivors as many as tokens, the last of them 1"
-            )
+        numbers = self.rounds, self.levels, self.generations, self.offspring, self.multiple
+        check_stages(self.survivors, self.tokens, numbers, repr(self))
+        if not self.damp > 0 or not 0 < self.interval < 1:
+            raise GossamerError(f"Tyr wants damp > 0 and interval in (0, 1); got {self.damp!r} and {self.interval!r}")
 
     @torch.no_grad()
     def __call__(self, model: Skeleton, sparsity: float) -> None:
@@ -155,52 +153,20 @@ class Tyr(Structure):
 
     def _search(self, net: "_Net", measure: Divergence, chance: random.Random) -> dict[str, Tensor]:
         """Return the numbers that evolution ends with, their KL on the last stage's tokens, and where chance stands then."""
-        parent, apart = list(net.now), float("nan")
-        for _ in range(self.generations):
-            brood: list[list[int]] = []
-            for _ in range(8 * self.offspring):  # there may be fewer that differ than were asked for
-                child = self._mutated(net.groups, parent, net.choices, chance)
-                if child != parent and child not in brood:
-                    brood.append(child)
-                if len(brood) == self.offspring:
-                    break
-            for stage, (survivors, tokens) in enumerate(zip(self.survivors, self.tokens, strict=True), 1):
-                brood += [parent] if stage == len(self.tokens) else []
-                draw = chance.getrandbits(32)  # the same tokens for all of them
-                told = []
-                for child in brood:
-                    net.take(child)
-                    apart = measure(draw, tokens)
-                    told.append(apart if math.isfinite(apart) else math.inf)
-                if told and min(told) == math.inf:
-                    raise ArithmeticError("the divergence of every model that was tried is NaN or infinite")
-                best = sorted(range(len(brood)), key=told.__getitem__)[:survivors]
-                brood, apart = [brood[place] for place in best], told[best[0]] if best else apart
-            parent = brood[0]
+        alike = [(group.kind, group.size) for group in net.groups]
+        kept, apart = evolve(
+            list(net.now),
+            lambda parent: swapped(alike, net.choices, parent, chance),
+            net.take,
+            measure,
+            chance,
+            generations=self.generations,
+            offspring=self.offspring,
+            survivors=self.survivors,
+            tokens=self.tokens,
+        )
         divergence = torch.tensor(apart, dtype=torch.float64)
-        return {"kept": torch.tensor(parent), "divergence": divergence, "chance": torch.tensor(chance.getstate()[1])}
-
-    def _mutated(self, groups: list[Group], parent: list[int], choices: list[list[int]], chance: random.Random) -> list[int]:
-        """Return the parent with a few levels swapped between groups of one kind, size and interval."""
-        child = list(parent)
-        for _ in range(min(chance.randint(1, 4), chance.randint(1, 4))):
-            more = [i for i, n in enumerate(child) if n < choices[i][-1]]
-            if not more:
-                break
-            up = chance.choice(more)
-            gain = choices[up][choices[up].index(child[up]) + 1] - child[up]
-            alike = [
-                i
-                for i, n in enumerate(child)
-                if i != up
-                and groups[i].kind == groups[up].kind
-                and groups[i].size == groups[up].size
-                and n - gain in choices[i]
-            ]
-            if alike:
-                down = chance.choice(alike)
-                child[up], child[down] = child[up] + gain, child[down] - gain
-        return child
+        return {"kept": torch.tensor(kept), "divergence": divergence, "chance": torch.tensor(chance.getstate()[1])}
 
 
 class _Net:

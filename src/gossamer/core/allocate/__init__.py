@@ -7,6 +7,7 @@ only, so that ``owl(outlier=7.0)`` is a spec. What it ``needs`` says what it is 
     "weights"   the tensors are the weights themselves
     "scores"    the tensors are the method's scores of the dense model; "wanda": Wanda's
     "losses"    the tensors are the weights, and a third argument evaluates the loss on each calibration window
+    "trials"    the tensors are the weights, and a third argument prunes them all to some sparsities and measures choices
     "errors"    a third argument measures what the method does to each tensor's output at a grid of sparsities
 
 The sparsities it returns keep (1 − S)·Σ n entries in all, to within one entry for each tensor.
@@ -15,6 +16,7 @@ The sparsities it returns keep (1 − S)·Σ n entries in all, to within one ent
 from gossamer.core.allocate._declared import Allocation as Allocation  # as: for others to use, but no name of a spec
 from gossamer.core.allocate._declared import needs as needs
 from gossamer.core.allocate._declared import sets_total as sets_total
+from gossamer.core.allocate._evolved import evolved
 from gossamer.core.allocate._index import sap
 from gossamer.core.allocate._probed import ecoflap
 from gossamer.core.allocate._ranked import by, global_, owl
@@ -26,6 +28,7 @@ __all__ = [  # the allocations by name: what a spec may say
     "by",
     "ecoflap",
     "erk",
+    "evolved",
     "global_",
     "mapping",
     "owl",

@@ -23,7 +23,8 @@ def searched(tensors: Mapping[str, Tensor], sparsity: float, errors: Errors, *, 
     programming over the number of zeros then finds the k_i of least total error with Σ n_i k_i/steps ≥ S·Σ n_i. What that is
     sparser than S is given back evenly, so that the total is S; beyond (steps − 1)/steps all tensors get S.
 
-    SPDY and ZipLM (arXiv:2302.04089) weigh each E_i by a factor that they find by trying whole models; here all weigh the same.
+    SPDY and ZipLM (arXiv:2302.04089) weigh each E_i by a factor that they find by trying whole models; here all weigh the same,
+    and it is `evolved` that tries them.
 
     Args:
         errors: measures each tensor's error at each of the sparsities given.

@@ -371,3 +371,10 @@ def test_inputs_that_are_not_finite_are_refused(solver: Solver) -> None:
 def test_hyper_parameters_that_make_no_sense(cls: type[Solver], wrong: dict[str, object]) -> None:
     with pytest.raises(GossamerError, match=cls.__name__):
         cls(**wrong)
+
+
+def test_obert_says_when_its_fisher_matrix_is_singular() -> None:
+    stats = Stats(8)
+    stats.grads = torch.ones(2, 4, 8)  # of rank one
+    with pytest.raises(ArithmeticError, match="the Fisher matrix is singular to float32 with damp=1e-12; a larger one may do"):
+        OBERT(damp=1e-12)(torch.ones(4, 8), stats, NM(2, 4), None)

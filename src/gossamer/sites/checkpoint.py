@@ -62,8 +62,9 @@ def prune_checkpoint(
     """Prune the model in ``source`` into a new directory ``out``.
 
     One block is in memory at a time, where the method allows it; each finished block is a shard of the result. A run that was
-    killed and is started again with the same arguments goes on after the last finished block, to the same bits (`OBERT` starts
-    over). ``out`` appears whole or not at all. Of a method that factorizes (`ARMOR`) it is a packed checkpoint.
+    killed and is started again with the same arguments goes on after the last finished block, to the same bits (`OBERT`, the
+    rounds of `SynFlow` and an allocation in work start over). ``out`` appears whole or not at all. Of a method that factorizes
+    (`ARMOR`) it is a packed checkpoint.
 
     Args:
         source: a directory with config.json and safetensors.

@@ -65,7 +65,7 @@ class OBERT(Solver):
         scores = torch.empty_like(blocks)
         for part in range(0, len(blocks), step):
             now = slice(part, part + step)
-            inverse = torch.cholesky_inverse(torch.linalg.cholesky(_fisher(g[:, now], ridge)))
+            inverse = torch.cholesky_inverse(self._lower(_fisher(g[:, now], ridge)))
             pieces = blocks[now].view(-1, side // unit, unit)
             own = inverse.view(-1, side // unit, unit, side // unit, unit).diagonal(dim1=1, dim2=3).movedim(-1, 1)
             saliency = (pieces * torch.linalg.solve(own, pieces)).sum(2) / 2
@@ -80,8 +80,20 @@ class OBERT(Solver):
             pull = (f @ gone[:, :, None]).masked_fill_(~stay[:, :, None], 0)
             f *= stay[:, :, None] & stay[:, None, :]
             f.diagonal(dim1=1, dim2=2).masked_fill_(~stay, 1.0)
-            blocks[now] += torch.cholesky_solve(pull, torch.linalg.cholesky(f))[:, :, 0] - gone
+            blocks[now] += torch.cholesky_solve(pull, self._lower(f))[:, :, 0] - gone
         return _join(blocks, w.shape).masked_fill_(~mask, 0).to(w.dtype), mask
+
+    def _lower(self, f: Tensor) -> Tensor:
+        """Factor matrices.
+
+        Raises:
+            ArithmeticError: one is not positive definite to float32.
+        """
+        lower: Tensor
+        lower, failed = torch.linalg.cholesky_ex(f)
+        if bool(failed.any()):
+            raise ArithmeticError(f"the Fisher matrix is singular to float32 with damp={self.damp:g}; a larger one may do")
+        return lower
 
 
 def _fisher(g: Tensor, ridge: float) -> Tensor:

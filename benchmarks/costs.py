@@ -2,7 +2,8 @@
 
     python benchmarks/costs.py --calibration valid.txt --pattern 2:4
 
-The parts: P, a forward pass of the calibration windows through the blocks; for each distinct input of d features G, its Gram
+The parts: P, a forward pass of the calibration windows through the blocks; B, a pass of them through the whole model and back,
+for the gradients of all weights; for each distinct input of d features G, its Gram
 matrix over all tokens, F, H⁻¹'s factor (two Cholesky factorisations and an inverse), and E, an eigendecomposition, all of
 d × d; for each weight of (out, d) M, a product of it with a d × d matrix, S, the choice of a mask, and R, the kept weights of
 each row solved for. What a method is made of is in `MODELS`.
@@ -29,6 +30,9 @@ from gossamer.sites._walk import blocks_of, targets
 
 # What a method is made of; n is the mean number of its steps, which its report tells.
 MODELS = {
+    "Magnitude": {"S": 1},
+    "Gradient": {"B": 1, "S": 1},
+    "Fisher": {"B": 1, "S": 1},
     "Wanda": {"P": 1, "S": 1},
     "RIA": {"P": 1, "S": 1},
     "NoWagP": {"P": 1, "S": 1},
@@ -36,6 +40,7 @@ MODELS = {
     "NetTrim": {"P": 1, "G": 1, "E": 1, "M": 100, "S": 2, "R": 3},
     "ALPS": {"P": 1, "G": 1, "E": 1, "Mn": 2, "Sn": 1, "R": 2},
     "Asymmetric(SparseGPT())": {"P": 2, "G": 2.6, "F": 1, "M": 3, "S": 1},  # a second matrix, of which no half is spared
+    "Parallel(SparseGPT())": {"P": 2, "G": 2, "F": 1, "M": 1, "S": 1},
 }
 
 
@@ -57,6 +62,7 @@ def main() -> None:
     for method in args.methods.split(";"):
         model = cut(source, args.blocks)
         one = passes(model, ids)
+        parts["B"] = back(model, ids) if "B" in MODELS[method] else 0.0
         started = time.perf_counter()
         report = gossamer.prune(model, method, args.pattern, sparsity=args.sparsity, data=ids, progress=False)
         took = time.perf_counter() - started
@@ -86,6 +92,21 @@ def passes(model: torch.nn.Module, ids: torch.Tensor) -> float:
     started = time.perf_counter()
     for window in ids.split(1):
         model(input_ids=window)
+    return time.perf_counter() - started
+
+
+def back(model: torch.nn.Module, ids: torch.Tensor) -> float:
+    """Return the seconds of the gradients of the next-token loss on each window, with respect to all that is pruned."""
+    model.requires_grad_(False)
+    weights = [model.get_parameter(target.name).requires_grad_(True) for target in targets(model)]
+
+    def gradients(window: torch.Tensor) -> None:
+        torch.autograd.grad(model(input_ids=window, labels=window, use_cache=False).loss, weights)
+
+    gradients(ids[:1])
+    started = time.perf_counter()
+    for window in ids.split(1):
+        gradients(window)
     return time.perf_counter() - started
 
 

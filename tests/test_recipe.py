@@ -100,6 +100,19 @@ def test_another_recipe_is_refused_and_told_apart(tiny_dir: Path, steps: list[di
 PRUNE = {"prune": {"method": "Magnitude", "pattern": "2:4"}}
 
 
+def test_the_text_of_an_evaluation_is_looked_for_in_its_own_split(tiny_dir: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    asked: list[tuple[str, str]] = []
+    monkeypatch.setattr("gossamer.recipe.texts", lambda data, *, split: asked.append((data, split)))
+
+    def begun(*_: Any) -> None:
+        raise GossamerError("begun")
+
+    monkeypatch.setattr("gossamer.recipe._Bench.do", begun)
+    with pytest.raises(GossamerError, match="begun"):
+        run(tiny_dir, [PRUNE, {"recover": {"data": "a", "steps": 3, "evaluate": "b"}}], tmp_path / "out")
+    assert asked == [("a", "calibration"), ("b", "evaluation")]
+
+
 @pytest.mark.parametrize(
     ("late", "told"),
     [
@@ -128,6 +141,10 @@ def test_a_text_that_is_not_there_shows_before_the_first_step(late: Any, told: s
         ({"model": "x", "steps": [{"recover": {"data": "d", "steps": 0}}]}, "step 1 .*at least 1"),
         ({"model": "x", "steps": [{"pack": {}}]}, "begins with pack"),
         ({"model": "x", "steps": [PRUNE, {"pack": {"batch": "x"}}]}, "step 2 .*pack wants batch to be an integer.* got 'x'"),
+        (
+            {"model": "x", "steps": [PRUNE, {"evaluate": {"data": 5}}]},
+            "evaluate wants data to be the name of a text; got 5",
+        ),
         ({"model": "x", "steps": [PRUNE, {"evaluate": {"windows": 0}}]}, "step 2 .*evaluate wants windows .*at least 1; got 0"),
     ],
 )

@@ -149,8 +149,10 @@ class _Bench:
             try:
                 if step.verb == "evaluate":
                     self._ids(**step.how)
-                for text in filter(None, (step.how.get("data"), step.how.get("evaluate"))):
+                elif text := step.how.get("data"):
                     texts(text, split="calibration")
+                if other := step.how.get("evaluate"):
+                    texts(other, split="evaluation")
             except GossamerError as error:
                 raise GossamerError(f"step {place} of the recipe: {error}") from None
 
@@ -263,6 +265,9 @@ def _check(place: int, verb: str, how: Mapping[str, Any]) -> None:
             goal_of(structure_of(how["method"]), how.get("sparsity"), how.get("speedup"), how.get("at", (1, 512)))
         elif verb == "recover":
             read(how.get("method", "Full"), how.get("pattern"), how.get("sparsity"), how["steps"])
+        for key in ("data", "evaluate"):
+            if not isinstance(text := how.get(key), str | None):
+                raise GossamerError(f"{verb} wants {key} to be the name of a text; got {text!r}")
         for key in {"pack": ("batch", "context"), "evaluate": ("seqlen", "windows")}.get(verb, ()):
             if (n := how.get(key)) is not None and (type(n) is not int or n < 1):
                 raise GossamerError(f"{verb} wants {key} to be an integer, at least 1; got {n!r}")

@@ -66,7 +66,7 @@ def test_nothing_and_empty_tensors(allocation: allocate.Allocation) -> None:
 
 def test_what_each_needs() -> None:
     wanted = {"erk": set(), "global_": {"scores"}, "mapping": set(), "owl": {"wanda"}, "uniform": set(), "by": {"scores"}}
-    wanted |= {"sap": {"weights"}, "ecoflap": {"losses"}, "searched": {"errors"}}
+    wanted |= {"sap": {"weights"}, "ecoflap": {"losses"}, "searched": {"errors"}, "evolved": {"trials"}}
     assert {name: set(a.needs) for name, a in names_in(allocate).items()} == wanted
     assert all(isinstance(a.needs, frozenset) for a in names_in(allocate).values())
 

@@ -89,6 +89,8 @@ VALUES = [
     allocate.by(scores.RIA(power=0.1), allocate.owl),
     allocate.by(scores.Wanda(), Bound(allocate.global_, (("floor", 0.1),))),
     allocate.ecoflap,
+    allocate.evolved,
+    Bound(allocate.evolved, (("levels", 2), ("survivors", (4, 1)))),
     allocate.sap,
     allocate.searched,
     scores.SynFlow(rounds=3),

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import gossamer
 from gossamer.core.errors import GossamerError
 from gossamer.models import quiet
+from gossamer.sites._allocated import allocated
 from gossamer.sites._run import Run
 from gossamer.sites._stream import Checkpoint
 from tests.sites.families import CAUSAL, causal
@@ -123,6 +124,26 @@ def test_the_source_is_never_written(tmp_path: Path, tiny_tokenizer: Any) -> Non
 
 class _Killed(BaseException):
     """Stands for a kill: nothing in the package may catch it."""
+
+
+def test_an_allocation_that_was_found_outlasts_a_kill(tmp_path: Path, tiny_tokenizer: Any, monkeypatch: Any) -> None:
+    source = saved("llama", tmp_path / "in", tiny_tokenizer)
+    how = {**TEXT, "sparsity": 0.6, "allocate": "searched(steps=4)"}
+    gossamer.prune_checkpoint(source, tmp_path / "whole", "Magnitude", "Unstructured", **how)
+    found: list[int] = []
+    monkeypatch.setattr("gossamer.sites.checkpoint.allocated", lambda *args: (found.append(1), allocated(*args))[1])
+
+    def killed(*_: Any) -> None:
+        raise _Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "finish_block", killed)
+        with pytest.raises(_Killed):
+            gossamer.prune_checkpoint(source, tmp_path / "out", "Magnitude", "Unstructured", **how)
+    gossamer.prune_checkpoint(source, tmp_path / "out", "Magnitude", "Unstructured", **how)
+    assert found == [1]
+    one, two = tensors(tmp_path / "out"), tensors(tmp_path / "whole")
+    assert all(torch.equal(one[name], two[name]) for name in two)
 
 
 STOPPED = ["SparseGPT", "Magnitude", "OBERT", "Asymmetric(Wanda())", "Parallel(Wanda())", "SparseLLM(steps=2)"]

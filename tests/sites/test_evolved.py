@@ -3,6 +3,8 @@
 import copy
 import itertools
 import random
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,9 @@ import gossamer
 from gossamer.core.allocate import evolved
 from gossamer.core.errors import GossamerError
 from gossamer.core.evolution import evolve
+from gossamer.core.variants import Variants
+from gossamer.sites._job import Job
+from gossamer.sites._trials import Trials
 from gossamer.sites._walk import targets
 from tests.sites.families import causal, ids
 
@@ -73,7 +78,7 @@ def test_the_weights_are_put_back_when_it_fails(monkeypatch: pytest.MonkeyPatch)
         return float("nan")
 
     monkeypatch.setattr("gossamer.sites._divergence.Moved.__call__", failing)
-    with pytest.raises((GossamerError, ArithmeticError), match="the divergence of every model that was tried is NaN"):
+    with pytest.raises(GossamerError, match="allocate=evolved: the divergence of every model that was tried is NaN"):
         gossamer.prune(model, "Magnitude", "Unstructured", sparsity=0.6, allocate="evolved", data=ids())
     assert measured
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
@@ -104,12 +109,63 @@ def test_a_mixed_pattern_of_n_in_m() -> None:
     assert report.totals["sparsity"] == 0.5
 
 
-def test_where_there_is_nothing_to_trade_no_trial_is_made() -> None:
-    def never(grid: Any) -> Any:
+@pytest.mark.parametrize("failing", ["get", "put"])
+def test_the_weights_are_put_back_when_copying_fails(failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = causal("llama")
+    before = copy.deepcopy(model.state_dict())
+    calls: list[int] = []
+    real = getattr(Variants, failing)
+
+    def interrupted(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(Variants, failing, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        gossamer.prune(model, "Magnitude", "Unstructured", sparsity=0.6, allocate="evolved", data=ids())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_they_are_put_back_to_the_bit_in_any_dtype(dtype: torch.dtype) -> None:
+    model = causal("llama", dtype=dtype)
+    before = copy.deepcopy(model.state_dict())
+    job = Job.of("Magnitude", "Unstructured", 0.5, "evolved")
+    with Trials(model, job, targets(model), [{"input_ids": ids()}], None, False)([0.4, 0.6]) as trial:
+        trial.take([0, 1] * 7)
+        assert not torch.equal(before["model.layers.0.mlp.up_proj.weight"], model.model.layers[0].mlp.up_proj.weight)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("pattern", "n"), [("1:4", {1, 2}), ("3:4", {2, 3}), ("4:8", {3, 4, 5})])
+def test_only_what_an_n_in_m_pattern_can_take_is_tried(pattern: str, n: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    grids: list[list[float]] = []
+    trials = "gossamer.sites._trials.Trials.__call__"
+    monkeypatch.setattr(trials, lambda self, grid: grids.append(list(grid)) or nullcontext(SimpleNamespace(take=None)))
+    monkeypatch.setattr("gossamer.core.allocate._evolved.evolve", lambda parent, *_, **__: (parent, 0.0))
+    m = int(pattern.split(":")[1])
+    how = f"evolved(interval={1 / m}, levels=1)"
+    if len(n) == 3:
+        gossamer.prune(causal("llama"), "Magnitude", pattern, allocate=how, data=ids())
+        assert grids == [[1 - k / m for k in sorted(n, reverse=True)]]
+    else:  # there is one side only, and nothing to trade
+        with pytest.raises(GossamerError, match="on both sides of"):
+            gossamer.prune(causal("llama"), "Magnitude", pattern, allocate=how, data=ids())
+
+
+class Never:
+    def allows(self, sparsity: float) -> bool:
+        return 0 <= sparsity < 1
+
+    def __call__(self, grid: Any) -> Any:
         raise AssertionError("a trial was made")
 
-    assert evolved({"a": torch.ones(4), "b": torch.ones(6)}, 0.5, never) == {"a": 0.5, "b": 0.5}
-    assert evolved({"a": torch.ones(4), "b": torch.ones(4)}, 0.0, never, interval=0.999) == {"a": 0.0, "b": 0.0}
+
+def test_where_there_is_nothing_to_trade_no_trial_is_made() -> None:
+    assert evolved({"a": torch.ones(4), "b": torch.ones(6)}, 0.5, Never()) == {"a": 0.5, "b": 0.5}
+    assert evolved({"a": torch.ones(4), "b": torch.ones(4)}, 0.0, Never()) == {"a": 0.0, "b": 0.0}
 
 
 def test_a_stage_thins_out_by_its_own_tokens() -> None:
@@ -142,7 +198,11 @@ def test_a_stage_thins_out_by_its_own_tokens() -> None:
     ("how", "told"),
     [
         ("evolved(interval=0)", "an interval in"),
+        ("evolved(interval='a')", "an interval in"),
+        ("evolved(interval=0.5)", "finds no sparsity that can be taken on both sides of 0.6"),
         ("evolved(levels=0)", "counts are 1 or more"),
+        ("evolved(levels=1.5)", "counts are integers"),
+        ("evolved(survivors=1, tokens=64)", "survivors and tokens several of them"),
         ("evolved(survivors=(4, 2))", "survivors as many as tokens, the last of them 1"),
         ("evolved(tokens=(5,))", "survivors as many as tokens, the last of them 1"),
     ],
@@ -150,6 +210,12 @@ def test_a_stage_thins_out_by_its_own_tokens() -> None:
 def test_a_mistake_is_one_line(how: str, told: str) -> None:
     with pytest.raises(GossamerError, match=told):
         gossamer.prune(causal("llama"), "Magnitude", "Unstructured", sparsity=0.6, allocate=how, data=ids())
+
+
+@pytest.mark.parametrize(("pattern", "told"), [("2:4", "both sides of 0.5"), ("NM(2, 4, permute=True)", "leave permute out")])
+def test_patterns_that_its_levels_do_not_fit(pattern: str, told: str) -> None:
+    with pytest.raises(GossamerError, match=told):
+        gossamer.prune(causal("llama"), "Magnitude", pattern, allocate="evolved", data=ids())
 
 
 def test_mappings_without_tokens_have_nothing_to_say() -> None:

@@ -95,6 +95,20 @@ def test_what_is_measured_on_gradients_reaches_the_method() -> None:
         assert torch.equal(alone.get_submodule(name).weight, parallel.get_submodule(name).weight)
 
 
+@pytest.mark.parametrize("spec", ["Parallel(OBERT())", "Asymmetric(OBERT())", "DSnoT(init=OBERT())"])
+def test_each_windows_own_gradients_reach_a_method_inside_another(spec: str) -> None:
+    plain, inside, magnitude = causal("llama"), causal("llama"), causal("llama")
+    block = {"data": ids(), "targets": "*.layers.0.*", "seed": 0}
+    gossamer.prune(plain, "OBERT", "2:4", **block)
+    gossamer.prune(inside, spec, "2:4", **block)
+    gossamer.prune(magnitude, "Magnitude", "2:4", targets="*.layers.0.*")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    kept = [model.get_parameter(name) != 0 for model in (plain, inside, magnitude)]
+    assert not torch.equal(kept[1], kept[2]), "without gradients it ranks by magnitude"
+    if spec.startswith("Parallel"):
+        assert torch.equal(kept[0], kept[1])
+
+
 def test_what_the_solver_says_stands_in_the_report() -> None:
     report = gossamer.prune(causal("llama"), Parallel(ALPS()), "2:4", data=ids())
     assert all(row["steps"] >= 1 and row["damp"] > 0 for row in report.weights)

@@ -12,6 +12,9 @@ Levels = list[int]
 
 def check_stages(survivors: Sequence[int], tokens: Sequence[int], counts: Sequence[int], what: str) -> None:
     """Raise unless every count is 1 or more, and there are as many survivors as tokens, the last of them one."""
+    lists = all(isinstance(given, Sequence) and not isinstance(given, str) for given in (survivors, tokens))
+    if not lists or not all(type(n) is int for n in [*counts, *survivors, *tokens]):
+        raise GossamerError(f"{what}: counts are integers, survivors and tokens several of them: survivors=(4, 1)")
     stages = len(survivors) == len(tokens) > 0 and survivors[-1] == 1
     if min([*counts, *survivors, *tokens]) < 1 or not stages:
         raise GossamerError(f"{what}: counts are 1 or more, survivors as many as tokens, the last of them 1")

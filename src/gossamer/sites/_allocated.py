@@ -7,12 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core import allocate as allocations
+from gossamer.core.errors import GossamerError
 from gossamer.core.score import Score
+from gossamer.core.spec import show
 from gossamer.core.stats import Stats
 from gossamer.sites._bar import bar
 from gossamer.sites._calibrate import Batch
 from gossamer.sites._job import Job
-from gossamer.sites._trials import trials
+from gossamer.sites._trials import Trials
 from gossamer.sites._visit import visit_all
 from gossamer.sites._walk import Target
 from gossamer.sites._whole import losses
@@ -40,8 +42,11 @@ def allocated(
         if "errors" in job.allocation_needs:
             more.append(lambda grid: _errors(model, job, grid, chosen, batches, device, progress))
         if "trials" in job.allocation_needs:
-            more.append(lambda grid: trials(model, job, chosen, batches, device, progress, grid))
-        found = dict(job.allocation(tensors, job.sparsity, *more))
+            more.append(Trials(model, job, chosen, batches, device, progress))
+        try:
+            found = dict(job.allocation(tensors, job.sparsity, *more))
+        except ArithmeticError as error:
+            raise GossamerError(f"allocate={show(job.allocation)}: {error}") from error
     if grain is None or job.sparsity is None:
         return found
     return dict(allocations.in_steps(found, {name: x.numel() for name, x in tensors.items()}, job.sparsity, grain))

@@ -78,6 +78,8 @@ class Job:
         if not shape.takes_sparsity and shape.grain is None and allocation is not allocations.uniform:
             raise GossamerError(f"the pattern {shape} leaves no sparsity to allocate; leave allocate={show(allocation)} out")
         job = cls(solver, shape, fraction, allocation)
+        if getattr(shape, "permute", False) and "trials" in job.allocation_needs:
+            raise GossamerError(f"allocate={show(allocation)} tries weights in the order they have: leave permute out")
         if "scores" in job.allocation_needs and job.scorer is None:
             raise GossamerError(
                 f"allocate={show(allocation)} ranks the scores of all weights together, and {show_method(solver)} has none "

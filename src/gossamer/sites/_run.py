@@ -111,8 +111,12 @@ class Run:
         found = {name: tensor.cpu() for name, tensor in compute().items()}
         _save(path, found)
         done.append(step)
-        write_text(self.folder / "state.json", json.dumps(self.state))
+        self.keep()
         return found
+
+    def keep(self) -> None:
+        """Let what is known so far outlast a kill."""
+        write_text(self.folder / "state.json", json.dumps(self.state))
 
     def add_packed(self, said: Packed) -> None:
         """Take down what the config is to say of a block of a packed result, or of what is outside the blocks."""

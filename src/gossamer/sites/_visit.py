@@ -30,8 +30,9 @@ def visit_all(
         walk = Calibration(model, batches, gather, device=device)
         for index in range(len(walk.blocks)):
             inside = [target for target in chosen if target.block == index]
+            known = whole | own_gradients(model, gather, batches, inside)
             with pruning.block(walk, index, inside) if pruning else nullcontext(inside) as visited:
-                walk.block(index, visited, lambda target, stats: visit(target, fill(target, stats, whole)))
+                walk.block(index, visited, lambda target, stats: visit(target, fill(target, stats, known)))  # noqa: B023
         return
     for block in dict.fromkeys(target.block for target in chosen):
         inside = [target for target in chosen if target.block == block]
@@ -42,7 +43,7 @@ def visit_all(
 
 def own_gradients(model: nn.Module, gather: frozenset[str], batches: Sequence[Batch], inside: Sequence[Target]) -> Whole:
     """Return each window's gradients of some targets, where they are gathered: large, so those of one block at a time."""
-    return {"grads": gradients(model, batches, inside, each=True)} if "grads" in gather else {}
+    return {"grads": gradients(model, batches, inside, each=True)} if "grads" in gather and inside else {}
 
 
 def blank_stats(target: Target, whole: Whole) -> list[Stats]:

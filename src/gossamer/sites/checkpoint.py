@@ -98,6 +98,8 @@ def prune_checkpoint(
         approach(model, job, chosen, batches, where, progress)
         if "sparsities" not in run.state:
             run.state["sparsities"] = allocated(model, job, chosen, batches, where, progress)
+            if job.allocation_needs:
+                run.keep()
         sparsities = run.state["sparsities"]
         walk = Calibration(model, batches, job.gather, device=where) if job.gather & INPUTS else None
         if walk is not None:
@@ -116,24 +118,25 @@ def prune_checkpoint(
                     continue
                 inside = [t for t in chosen if t.name.startswith(f"{list_name}.{index}.")]
 
-                def visit(target: Any, stats: Any) -> None:
+                products.clear()
+                checkpoint.fetch(list_name, index)
+                known = whole | own_gradients(model, job.gather, batches, inside)
+
+                def visit(target: Any, stats: Any, known: Any = known) -> None:
                     shown.set_postfix_str(target.name.removesuffix(".weight"), refresh=False)
-                    stats = fill(target, stats, whole)
+                    stats = fill(target, stats, known)
                     for done, found, product in pruning.prune(target, stats):
                         rows.append(found)
                         if product is not None:
                             products[done] = product
                         shown.update()
 
-                products.clear()
-                checkpoint.fetch(list_name, index)
                 if walk is not None:
                     with pruning.block(walk, index, inside) as visited:
                         walk.block(index, visited, visit)
                 else:
-                    each = own_gradients(model, job.gather, batches, inside)
                     for target in inside:
-                        visit(target, blank_stats(target, each))
+                        visit(target, blank_stats(target, {}))
                 state = checkpoint.block_state(list_name, index)
                 if job.factorizes:
                     state, said = with_products(state, products, type(model).__name__)

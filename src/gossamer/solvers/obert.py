@@ -57,7 +57,8 @@ class OBERT(Solver):
         pattern.check(w.shape)
         unit = pattern.w if isinstance(pattern, Block) else 1
         side = max(min(self.block, w.shape[1]) // unit, 1) * unit
-        grads = torch.zeros(1, *w.shape, device=w.device) if stats.grads is None else stats.grads.float()
+        assert stats.grads is not None, "the windows' gradients were not asked for"
+        grads = stats.grads.float()
         blocks, g = _cut(w.float(), side), _cut(grads, side)  # (blocks, side), (windows, blocks, side)
         ridge = self.damp * (float(grads.square().mean()) or 1.0)  # no gradient at all: F = λI, which ranks by magnitude
         step = max(ENTRIES // side**2, 1)

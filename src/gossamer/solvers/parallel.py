@@ -63,7 +63,7 @@ class Parallel(Solver):
 
     @torch.no_grad()
     def __call__(self, w: Tensor, stats: Stats, pattern: Pattern, sparsity: float | None) -> tuple[Tensor, Tensor]:
-        seen = stats if stats.dense is None or not stats.dense.tokens else stats.dense
+        seen = stats.dense if stats.dense is not None and stats.dense.tokens == stats.tokens else stats
         for need in self.method.needs - INPUTS:  # gradients are of the weight and not of its input
             setattr(seen, need, getattr(stats, need))
         if isinstance(self.method, Solver):

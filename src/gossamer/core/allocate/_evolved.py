@@ -1,7 +1,7 @@
 """Evolved: sparsities traded between weights of one size, by what the whole model says with each choice."""
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -23,7 +23,14 @@ class Trial(Protocol):
         """Return how far what the model says is from what the dense one says, on so many tokens that ``draw`` chooses."""
 
 
-Trials = Callable[[Sequence[float]], AbstractContextManager[Trial]]  # sparsities → all tensors pruned to each, while it lasts
+class Trials(Protocol):
+    """What makes them."""
+
+    def allows(self, sparsity: float) -> bool:
+        """Whether a tensor can be pruned to this."""
+
+    def __call__(self, grid: Sequence[float]) -> AbstractContextManager[Trial]:
+        """Prune all tensors to each of these sparsities; while it lasts, one of each is in the model."""
 
 
 @needs("trials")
@@ -45,7 +52,7 @@ def evolved(
     The method itself prunes every tensor of the dense model to 2·levels + 1 sparsities around S. Then evolution: a child is its
     parent with one to four swaps, each a level more for a tensor and one less for another of the same size, so that the total
     stays; children are thinned out by KL on more and more tokens, the parent is there at the last, and what is left is the next
-    parent. The first parent is uniform, so that on the last stage's tokens nothing is worse than that.
+    parent. The first parent is uniform; each one is no worse than the one before on that generation's tokens.
 
     Where `searched` adds up what each layer does to its own output, this asks the whole model.
 
@@ -62,18 +69,23 @@ def evolved(
     weights are on disk meanwhile, in float32: all tensors 2·levels + 2 times.
 
     Raises:
-        GossamerError: a hyper-parameter makes no sense.
+        GossamerError: a hyper-parameter makes no sense, or the pattern can take no sparsity beside S on either side.
     """
     sparsity = check_sparsity(sparsity)
     check_stages(survivors, tokens, (levels, generations, offspring), "evolved")
-    if not 0 < interval < 1:
+    if not isinstance(interval, int | float) or not 0 < interval < 1:
         raise GossamerError(f"evolved wants an interval in (0, 1); got {interval!r}")
     names = [name for name, tensor in tensors.items() if tensor.numel()]
     found = dict.fromkeys(tensors, sparsity)
-    steps = [k for k in range(-levels, levels + 1) if -1e-9 <= sparsity + k * interval < 1 - 1e-9]
+    steps = [k for k in range(-levels, levels + 1) if k == 0 or trials.allows(sparsity + k * interval)]
     sizes = [tensors[name].numel() for name in names]
-    if not steps[0] < 0 < steps[-1] or len(set(sizes)) == len(sizes):
+    if sparsity == 0 or len(set(sizes)) == len(sizes):
         return found  # nothing to trade
+    if not steps[0] < 0 < steps[-1]:
+        raise GossamerError(
+            f"evolved(interval={interval:g}) finds no sparsity that can be taken on both sides of {sparsity:g}: take another, "
+            "1/m with a pattern n:m"
+        )
     grid = [max(sparsity + k * interval, 0.0) for k in steps]
     chance, choices = random.Random(seed), [list(range(len(steps)))] * len(names)
     with trials(grid) as trial:

@@ -155,6 +155,17 @@ def test_only_what_an_n_in_m_pattern_can_take_is_tried(pattern: str, n: set[int]
             gossamer.prune(causal("llama"), "Magnitude", pattern, allocate=how, data=ids())
 
 
+def test_the_interval_is_halved_where_there_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    grids: list[list[float]] = []
+    trials = "gossamer.sites._trials.Trials.__call__"
+    monkeypatch.setattr(trials, lambda self, grid: grids.append(list(grid)) or nullcontext(SimpleNamespace(take=None)))
+    monkeypatch.setattr("gossamer.core.allocate._evolved.evolve", lambda parent, *_, **__: (parent, 0.0))
+    gossamer.prune(
+        causal("llama"), "Magnitude", "Unstructured", sparsity=0.9, allocate="evolved(interval=0.4, levels=1)", data=ids()
+    )
+    assert grids[0] == pytest.approx([0.85, 0.9, 0.95])
+
+
 class Never:
     def allows(self, sparsity: float) -> bool:
         return 0 <= sparsity < 1
@@ -199,7 +210,6 @@ def test_a_stage_thins_out_by_its_own_tokens() -> None:
     [
         ("evolved(interval=0)", "an interval in"),
         ("evolved(interval='a')", "an interval in"),
-        ("evolved(interval=0.5)", "finds no sparsity that can be taken on both sides of 0.6"),
         ("evolved(levels=0)", "counts are 1 or more"),
         ("evolved(levels=1.5)", "counts are integers"),
         ("evolved(survivors=1, tokens=64)", "survivors and tokens several of them"),

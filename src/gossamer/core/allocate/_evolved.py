@@ -61,7 +61,7 @@ def evolved(
         sparsity: fraction of zeros over all tensors, S in [0, 1).
         trials: prunes all tensors to some sparsities, and measures choices of them.
         levels: how many sparsities on either side, as far as these are in [0, 1).
-        interval: how far these are apart; with a pattern n:m take 1/m.
+        interval: how far these are apart; with a pattern n:m take 1/m. It is halved until there is one on either side.
         generations, offspring, survivors, tokens: as in `Tyr`.
         seed: of the swaps and of the tokens.
 
@@ -77,16 +77,19 @@ def evolved(
         raise GossamerError(f"evolved wants an interval in (0, 1); got {interval!r}")
     names = [name for name, tensor in tensors.items() if tensor.numel()]
     found = dict.fromkeys(tensors, sparsity)
-    steps = [k for k in range(-levels, levels + 1) if k == 0 or trials.allows(sparsity + k * interval)]
     sizes = [tensors[name].numel() for name in names]
     if sparsity == 0 or len(set(sizes)) == len(sizes):
         return found  # nothing to trade
-    if not steps[0] < 0 < steps[-1]:
+    for apart in (interval / 2**k for k in range(10)):
+        steps = [k for k in range(-levels, levels + 1) if k == 0 or trials.allows(sparsity + k * apart)]
+        if steps[0] < 0 < steps[-1]:
+            break
+    else:
         raise GossamerError(
             f"evolved(interval={interval:g}) finds no sparsity that can be taken on both sides of {sparsity:g}: take another, "
             "1/m with a pattern n:m"
         )
-    grid = [max(sparsity + k * interval, 0.0) for k in steps]
+    grid = [max(sparsity + k * apart, 0.0) for k in steps]
     chance, choices = random.Random(seed), [list(range(len(steps)))] * len(names)
     with trials(grid) as trial:
         picked, _ = evolve(

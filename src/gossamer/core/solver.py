@@ -5,7 +5,9 @@ from typing import ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 
+from gossamer.core.errors import GossamerError
 from gossamer.core.pattern import Pattern
+from gossamer.core.score import Score
 from gossamer.core.stats import Stats
 
 
@@ -63,3 +65,30 @@ class Factorizer(ABC):
     @abstractmethod
     def __call__(self, w: Tensor, stats: Stats, pattern: Pattern, sparsity: float | None) -> Factors:
         """Return the factors of w, of shape (out, in), in float32."""
+
+
+class Around(Solver):
+    """A solver that gives another method something else than what it would see: it is defined for what that one is."""
+
+    method: Score | Solver
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.method, Score | Solver):
+            name = type(self).__name__
+            raise GossamerError(f"{name}(method) is a score or a solver, such as {name}(ALPS()); got {self.method!r}")
+
+    @property
+    def per(self) -> Literal["tensor", "row"]:  # type: ignore[override]
+        return self.method.per
+
+    @property
+    def patterns(self) -> tuple[type[Pattern], ...]:  # type: ignore[override]
+        """its method's"""
+        return self.method.patterns if isinstance(self.method, Solver) else (Pattern,)
+
+    def inside(self, w: Tensor, stats: Stats, pattern: Pattern, sparsity: float | None) -> tuple[Tensor, Tensor]:
+        """Return what the method makes of a weight; of a score, the weight where its mask is."""
+        if isinstance(self.method, Solver):
+            return self.method(w, stats, pattern, sparsity)
+        mask = pattern.select(self.method(w, stats), sparsity)
+        return w.masked_fill(~mask, 0), mask

@@ -1,20 +1,18 @@
 """Asymmetric: any method, aimed at what the dense model puts out and not at what the pruned model's inputs would give."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from gossamer.core.errors import GossamerError
 from gossamer.core.pattern import Pattern
 from gossamer.core.score import Score
-from gossamer.core.solver import Solver
+from gossamer.core.solver import Around, Solver
 from gossamer.core.spec import spec
 from gossamer.core.stats import Stats
 
 
 @spec
-class Asymmetric(Solver):
+class Asymmetric(Around):
     """Minimise ‖W X̃ − Ŵ X‖², X̃ the dense model's input and X the pruned one's (Li et al., 2025, GPTAQ, arXiv:2504.02692).
 
     Whatever Ŵ is, ‖W X̃ − Ŵ X‖² + λ‖W − Ŵ‖² = tr (W* − Ŵ) H (W* − Ŵ)ᵀ + a constant, with H = X Xᵀ + λ·mean(diag)·I and
@@ -46,8 +44,7 @@ class Asymmetric(Solver):
     damp: float = 0.01
 
     def __post_init__(self) -> None:
-        if not isinstance(self.method, Score | Solver):
-            raise GossamerError(f"Asymmetric(method) is a score or a solver, such as ALPS(); got {self.method!r}")
+        super().__post_init__()
         if "dense" in self.method.needs:
             raise GossamerError(f"{self.method!r} looks at both models' inputs itself: take it alone")
         if not (0 <= self.share <= 1 and self.damp > 0):
@@ -58,24 +55,11 @@ class Asymmetric(Solver):
         """gram, cross, and what its method needs"""
         return frozenset({"gram", "cross"}) | self.method.needs
 
-    @property
-    def per(self) -> Literal["tensor", "row"]:  # type: ignore[override]
-        return self.method.per
-
-    @property
-    def patterns(self) -> tuple[type[Pattern], ...]:  # type: ignore[override]
-        """its method's"""
-        return self.method.patterns if isinstance(self.method, Solver) else (Pattern,)
-
     @torch.no_grad()
     def __call__(self, w: Tensor, stats: Stats, pattern: Pattern, sparsity: float | None) -> tuple[Tensor, Tensor]:
         aim = w.float()
         if stats.cross is not None:
             upper, _, _ = stats.inverse_factor(self.damp)
             aim = aim + self.share * (aim @ stats.cross) @ upper.T @ upper
-        if isinstance(self.method, Solver):
-            found, mask = self.method(aim, stats, pattern, sparsity)
-        else:
-            mask = pattern.select(self.method(aim, stats), sparsity)
-            found = aim.masked_fill(~mask, 0)
+        found, mask = self.inside(aim, stats, pattern, sparsity)
         return found.to(w.dtype), mask

@@ -1,20 +1,18 @@
 """Parallel: any method, on the dense model's inputs and not on what the pruned layers before it put out."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from gossamer.core.errors import GossamerError
 from gossamer.core.pattern import Pattern
 from gossamer.core.score import Score
-from gossamer.core.solver import Solver
+from gossamer.core.solver import Around, Solver
 from gossamer.core.spec import spec
 from gossamer.core.stats import INPUTS, Stats
 
 
 @spec
-class Parallel(Solver):
+class Parallel(Around):
     """Minimise ‖W X̃ − Ŵ X̃‖², X̃ the dense model's input: each layer by itself (Aghasi et al., 2017, arXiv:1611.05162).
 
     Net-Trim prunes a network in two ways: in parallel, where each layer sees the inputs that it had in the dense model, and in
@@ -42,8 +40,7 @@ class Parallel(Solver):
     method: Score | Solver
 
     def __post_init__(self) -> None:
-        if not isinstance(self.method, Score | Solver):
-            raise GossamerError(f"Parallel(method) is a score or a solver, such as NetTrim(); got {self.method!r}")
+        super().__post_init__()
         if self.method.needs & {"cross", "dense"}:
             raise GossamerError(f"{self.method!r} looks at both models' inputs itself: take it alone")
 
@@ -52,25 +49,12 @@ class Parallel(Solver):
         """dense, and what its method needs"""
         return frozenset({"dense"}) | self.method.needs
 
-    @property
-    def per(self) -> Literal["tensor", "row"]:  # type: ignore[override]
-        return self.method.per
-
-    @property
-    def patterns(self) -> tuple[type[Pattern], ...]:  # type: ignore[override]
-        """its method's"""
-        return self.method.patterns if isinstance(self.method, Solver) else (Pattern,)
-
     @torch.no_grad()
     def __call__(self, w: Tensor, stats: Stats, pattern: Pattern, sparsity: float | None) -> tuple[Tensor, Tensor]:
         seen = stats.dense if stats.dense is not None and stats.dense.tokens == stats.tokens else stats
         for need in self.method.needs - INPUTS:  # gradients are of the weight and not of its input
             setattr(seen, need, getattr(stats, need))
-        if isinstance(self.method, Solver):
-            found, mask = self.method(w, seen, pattern, sparsity)
-        else:
-            mask = pattern.select(self.method(w, seen), sparsity)
-            found = w.masked_fill(~mask, 0)
+        found, mask = self.inside(w, seen, pattern, sparsity)
         stats.damping, stats.dead = seen.damping, seen.dead
         stats.notes.update(seen.notes)
         return found, mask
